@@ -1,0 +1,1 @@
+"""Input: the record format, the tokenizer, prompts and the Grain pipeline. Nothing here needs TensorFlow."""
