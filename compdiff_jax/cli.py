@@ -20,7 +20,6 @@ class RunError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
-
   def error(self, message):
     raise InputError(f"{message} (see '{self.prog} --help')")
 
@@ -28,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
   """An argument parser whose errors are `InputError`s and which accepts no abbreviated options."""
   return _Parser(
-      prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
   )
 
 

@@ -53,6 +53,9 @@ class Attribute:
     if self.kind == "categorical":
       if len(self.values) < 2 or len(set(self.values)) != len(self.values):
         raise InputError(f"attribute {self.name}: needs at least two different values")
+      unusable = [value for value in self.values if value.strip().lower() in _UNKNOWN_TEXTS]
+      if unusable:
+        raise InputError(f"attribute {self.name}: the value {unusable[0]!r} already stands for unknown; rename it")
     elif self.kind == "continuous":
       if not self.low < self.high:
         raise InputError(f"attribute {self.name}: needs low < high")

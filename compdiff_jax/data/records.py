@@ -33,7 +33,8 @@ _FORMAT = "array_record"
 def features(schema: Schema) -> tfds.features.FeaturesDict:
   """The TFDS feature description of one record. Bytes live in `Text`: TFDS writes those without TensorFlow."""
   text = tfds.features.Text
-  return tfds.features.FeaturesDict({
+  return tfds.features.FeaturesDict(
+    {
       "key": text(),
       "patient": text(),
       "image": text(),
@@ -41,7 +42,8 @@ def features(schema: Schema) -> tfds.features.FeaturesDict:
       "attributes": {a.name: tfds.features.Scalar(a.dtype) for a in schema},
       "findings": text(),
       "factors": text(),
-  })
+    }
+  )
 
 
 def _shard_name(name: str, split: str, shard: int, num_shards: int) -> str:
@@ -49,7 +51,7 @@ def _shard_name(name: str, split: str, shard: int, num_shards: int) -> str:
 
 
 def write_split(
-    directory: Path, name: str, split: str, schema: Schema, records: Sequence[Mapping[str, Any]], num_shards: int = 1
+  directory: Path, name: str, split: str, schema: Schema, records: Sequence[Mapping[str, Any]], num_shards: int = 1
 ) -> tfds.core.SplitInfo:
   """Writes one split; record i goes to shard i * num_shards // len(records), so the order is kept."""
   description = features(schema)
@@ -64,18 +66,18 @@ def write_split(
       writer.write(data)
     writer.close()
   template = tfds.core.ShardedFileTemplate(
-      data_dir=str(directory), dataset_name=name, split=split, filetype_suffix=_FORMAT
+    data_dir=str(directory), dataset_name=name, split=split, filetype_suffix=_FORMAT
   )
   lengths = [b - a for a, b in zip(bounds, bounds[1:])]
   return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
 
 
 def write_description(
-    directory: Path, name: str, schema: Schema, splits: Iterable[tfds.core.SplitInfo], description: str
+  directory: Path, name: str, schema: Schema, splits: Iterable[tfds.core.SplitInfo], description: str
 ) -> None:
   """Writes `dataset_info.json`, `features.json` and `schema.json` beside the shards."""
   identity = tfds.core.dataset_info.DatasetIdentity(
-      name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="data_prep"
+    name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="data_prep"
   )
   info = tfds.core.DatasetInfo(builder=identity, features=features(schema), description=description)
   info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
@@ -99,8 +101,8 @@ class RecordSet:
       info = json.loads((self.path / "dataset_info.json").read_text())
     except FileNotFoundError:
       raise InputError(
-          f"{self.path} is not a prepared data set (no dataset_info.json); make one with python -m data_prep.phantom or"
-          " data_prep.table"
+        f"{self.path} is not a prepared data set (no dataset_info.json); make one with python -m data_prep.phantom or"
+        " data_prep.table"
       ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise InputError(f"{self.path}/dataset_info.json is not valid JSON ({error})") from None

@@ -1,0 +1,78 @@
+"""All Orbax calls: asynchronous checkpoints of the training state together with the position in the data.
+
+On disk: `<directory>/<step>/{params, ema, optimizer, data}/`. A checkpoint appears under its step only once it is
+complete; one that was cut short is never picked up.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from compdiff_jax.cli import InputError
+
+
+class Checkpoints:
+  """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes."""
+
+  def __init__(self, directory: str | Path, keep: int = 2):
+    self._directory = Path(directory).absolute()
+    logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches
+    self._checkpointer = ocp.training.Checkpointer(
+      str(self._directory),
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    self.close()
+
+  def close(self):
+    self._checkpointer.close()
+
+  @property
+  def steps(self) -> list[int]:
+    return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+  def save(self, step: int, parts: dict[str, Any]) -> None:
+    """Starts writing `parts` (pytrees of arrays, or a Grain iterator) and returns; the previous write is awaited."""
+    self._checkpointer.wait()
+    self._checkpointer.save_checkpointables_async(step, parts)
+
+  def restore(self, parts: dict[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """Loads the named parts of a step (default: the latest) into the given shapes and shardings.
+
+    Args:
+      parts: for each part an abstract pytree (`ShapeDtypeStruct` with sharding) or a Grain iterator to set.
+      step: which checkpoint.
+
+    Returns:
+      (step, loaded parts).
+    """
+    steps = self.steps
+    if not steps:
+      raise InputError(f"{self._directory} holds no complete checkpoint; train first")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+      raise InputError(f"{self._directory} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    try:
+      return step, self._checkpointer.load_checkpointables(step, parts)
+    except Exception as error:  # tensorstore, JSON and key errors: whichever file was damaged decides the type
+      reason = " ".join(str(error).split())[:300]
+      raise InputError(
+        f"checkpoint {self._directory / str(step)} is damaged or of another model ({type(error).__name__}: {reason});"
+        " move it away to go on from an earlier step"
+      ) from None
+
+
+def has_checkpoint(directory: str | Path) -> bool:
+  """Whether a complete checkpoint exists, without creating anything."""
+  if not Path(directory).is_dir():
+    return False
+  with contextlib.closing(Checkpoints(directory)) as checkpoints:
+    return bool(checkpoints.steps)

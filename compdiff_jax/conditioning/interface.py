@@ -1,0 +1,74 @@
+"""What every conditioner is: from a batch of attributes to cross-attention tokens, and what its losses need.
+
+A conditioner is an NNX module built as `Conditioner(config, schema, rngs=...)`. The training step, the sampler and the
+export know nothing else about it, so a new conditioner is a new module with the same three members:
+
+  num_tokens                        T, how many tokens follow the text tokens in the context
+  __call__(attributes, keys=None)   -> ConditionerOutput
+  unconditional_tokens(batch)       [batch, T, d_ctx], what the unconditional branch of guidance appends
+
+`attributes` is a batch as `schema` describes it; it may hold more attributes than the conditioner uses. `keys` are
+typed PRNG keys, one a sample: given means training (latent noise and dropout), None means evaluation. Everything
+random about sample i is drawn from `keys[i]` alone, so a result depends neither on the batch a sample sits in nor on
+the device that computes it. The unconditional branch is always the output for `schema.unknown(batch)`.
+
+Conditioners compute in float32: they are tiny beside the UNet, which casts the tokens to its own dtype.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute
+
+Attributes = Mapping[str, jax.Array]
+
+
+class ConditionerOutput(NamedTuple):
+  """Tokens and the intermediate values that the losses read. A field that a conditioner has no use for is None.
+
+  Attributes:
+    tokens: [B, T, d_ctx], appended to the text tokens.
+    time_vector: [B, D], added to the UNet's time embedding.
+    mu: [B, d], mean of the latent.
+    log_sigma: [B, d], log standard deviation of the latent, in [-5, 1].
+    h: [B, d], the composed node before the latent.
+    parts: [B, d], the sum of the embeddings that were composed into h (of nulls where an attribute is unknown).
+    logits: for each auxiliary head [B, K].
+    targets: for each auxiliary head int32 [B], the class that its token was made from; -1 where unknown.
+    conditioned: bool [B], False where the tokens are the zero tokens of a sample that cannot be represented.
+  """
+
+  tokens: jax.Array
+  time_vector: jax.Array | None = None
+  mu: jax.Array | None = None
+  log_sigma: jax.Array | None = None
+  h: jax.Array | None = None
+  parts: jax.Array | None = None
+  logits: dict[str, jax.Array] | None = None
+  targets: dict[str, jax.Array] | None = None
+  conditioned: jax.Array | None = None
+
+
+class Conditioner(Protocol):
+  """The members listed at the top of this file, for type checkers and readers."""
+
+  num_tokens: int
+
+  def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput: ...
+
+  def unconditional_tokens(self, batch: int) -> jax.Array: ...
+
+
+def level_indices(attribute: Attribute, values: jax.Array) -> jax.Array:
+  """Category or bin index of encoded values, int32 [B]; -1 where unknown. `Attribute.levels` for traced arrays."""
+  known = attribute.is_known(values)
+  if attribute.kind == "categorical":
+    levels = values
+  else:
+    # NaN sorts behind every edge; any number inside the range keeps it out of the search.
+    edges = jnp.asarray(attribute.bins, jnp.float32)
+    levels = jnp.searchsorted(edges, jnp.where(known, values, attribute.low), side="right")
+  return jnp.where(known, levels, UNKNOWN_INDEX).astype(jnp.int32)

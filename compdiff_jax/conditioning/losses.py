@@ -1,0 +1,60 @@
+"""Losses of a conditioner, as one value and one weight for each sample.
+
+The training step divides the weighted sum by the sum of the weights over the *global* batch, so neither the number of
+devices nor gradient accumulation changes a loss. All terms are float32. They are read from the same forward pass that
+made the tokens; the reference runs the composition a second time with fresh dropout masks (method.md B.5), which costs
+a pass and compares a node that no token was made from.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from compdiff_jax.conditioning.interface import ConditionerOutput
+
+_COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity
+
+Term = tuple[jax.Array, jax.Array]
+
+
+def kl_to_standard_normal(mu: jax.Array, log_sigma: jax.Array) -> jax.Array:
+  """KL(N(mu, exp(log_sigma)^2) || N(0, 1)) in nats, summed over the last axis: [B, d], [B, d] -> [B]."""
+  return -0.5 * jnp.sum(1 + 2 * log_sigma - mu**2 - jnp.exp(2 * log_sigma), axis=-1)
+
+
+def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
+  """Cosine over the last axis, each norm bounded from below as torch >= 2 does: [B, d], [B, d] -> [B]."""
+
+  def norm(x):
+    # The bound is applied to the square: the root of an exact zero has no gradient.
+    return jnp.sqrt(jnp.maximum(jnp.sum(x**2, axis=-1), _COSINE_EPS**2))
+
+  return jnp.sum(a * b, axis=-1) / (norm(a) * norm(b))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """-log softmax(logits)[target] in nats: [B, K], int [B] -> [B]. A target of -1 gives a number to be masked."""
+  log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+
+
+def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
+  """Every loss and metric that the output carries, each as (values [B], weight [B]), float32.
+
+  Returns:
+    "kl": KL of the latent to N(0, I), summed over its width. Without a latent this is |h|^2 / 2.
+    "composition": 1 - cos(h, sum of the embeddings).
+    "aux_<name>": cross-entropy of a head on its token; weight 0 where the attribute is unknown.
+    "acc_<name>": 1 where that head is right, else 0; same weight; a metric, not a loss.
+  """
+  terms = {}
+  weight = output.conditioned.astype(jnp.float32)
+  if output.mu is not None:
+    terms["kl"] = (kl_to_standard_normal(output.mu, output.log_sigma), weight)
+  if output.parts is not None:
+    terms["composition"] = (1 - cosine_similarity(output.h, output.parts), weight)
+  for name, logits in (output.logits or {}).items():
+    targets = output.targets[name]
+    known = (targets >= 0).astype(jnp.float32)
+    terms[f"aux_{name}"] = (cross_entropy(logits, targets), known)
+    terms[f"acc_{name}"] = ((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32), known)
+  return terms

@@ -1,0 +1,1 @@
+"""Exchange with PyTorch: key tables and model directories of diffusers, without importing torch."""

@@ -1,0 +1,86 @@
+"""The README.md of an exported model: what it is, how to call it, what it was made from, what it is not for."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compdiff_jax.conditioning.schema import Attribute, Schema
+
+_SECTIONS = {"data": "Training data", "recipe": "Training recipe", "metrics": "Evaluation"}
+
+_NOTICE = """\
+For research only. Images from this model are synthetic: they show no real patient, and they are not evidence about one.
+Do not use them, or anything computed from them, for diagnosis, triage or treatment. A synthetic image can be wrong in
+ways that look right, and a generative model can repeat images it was trained on: check for memorised training images
+before sharing a set, and respect the licence and the access rules of the training data. Attributes such as sex and race
+are labels of the training data; what the model draws for them is an association in those data, not a fact about people.
+"""
+
+
+def _describe(attribute: Attribute) -> str:
+  if attribute.kind == "categorical":
+    return ", ".join(attribute.values)
+  return f"{attribute.low:g} to {attribute.high:g} {attribute.unit}".rstrip()
+
+
+def _example(attribute: Attribute) -> str:
+  value = attribute.representative(attribute.num_levels - 1)
+  return repr(attribute.values[value]) if attribute.kind == "categorical" else f"{value:g}"
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float):
+    value = f"{value:.6g}"
+  return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  lines = [header, ["---"] * len(header), *rows]
+  return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def model_card(
+  card: Mapping[str, Any], schema: Schema, used: Sequence[str], prompt_attributes: Sequence[str], learned_nulls: bool
+) -> str:
+  """The model card as Markdown.
+
+  Args:
+    card: "name" (title), "text" (an example prompt), and the tables "data", "recipe" and "metrics", each a mapping of
+      label to value. Every entry may be left out; without "metrics" the card says that nothing was measured.
+    schema: attributes the pipeline accepts.
+    used: names that the conditioner turns into tokens.
+    prompt_attributes: names that are put in front of the text.
+    learned_nulls: whether a single attribute may be unknown.
+  """
+  name = card.get("name", "CompDiff model")
+  keywords = ", ".join(f"{a.name}={_example(a)}" for a in schema)
+  roles = {True: "tokens", False: ""}
+  rows = []
+  for attribute in schema:
+    role = [roles[attribute.name in used], "prompt" if attribute.name in prompt_attributes else ""]
+    rows.append([attribute.name, _describe(attribute), " and ".join(filter(None, role)) or "not used"])
+  unknown = (
+    "Leave an attribute out, or give `None`, where it is unknown."
+    if learned_nulls
+    else f"Give all of {', '.join(used)}, or none of them: this model has no representation of a single unknown one."
+  )
+  parts = [
+    f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {name}",
+    "Text-to-image latent diffusion with hierarchical demographic conditioning (CompDiff), exported by compdiff-jax.",
+    "## Use",
+    "```python\n"
+    "from diffusers import DiffusionPipeline\n\n"
+    'pipe = DiffusionPipeline.from_pretrained("path/to/this/directory", trust_remote_code=True)\n'
+    f"image = pipe({card.get('text', '')!r}, {keywords}).images[0]\n"
+    "```",
+    f"`trust_remote_code=True` runs `pipeline.py` and `conditioner/conditioner.py` of this directory. {unknown} "
+    "Values outside the table are refused. Lists give a batch; `negative_prompt`, `guidance_scale`, "
+    "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion.",
+    "## Attributes",
+    _table(["attribute", "values", "enters as"], rows),
+  ]
+  for key, title in _SECTIONS.items():
+    if card.get(key):
+      parts += [f"## {title}", _table(["", ""], list(card[key].items()))]
+    elif key == "metrics":
+      parts += [f"## {title}", "No metrics were recorded with this export."]
+  return "\n\n".join([*parts, "## Intended use", _NOTICE])

@@ -1,0 +1,149 @@
+"""The whole model: frozen VAE, text encoder, conditioner and UNet, put together from a config."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.hcn import HCN, HCNConfig
+from compdiff_jax.conditioning.interface import ConditionerOutput
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.diffusion.schedule import NoiseSchedule
+from compdiff_jax.interop.weights import load_component, read_config
+from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from compdiff_jax.models.functional import Functional
+from compdiff_jax.models.unet import UNet2DCondition, UNetConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+
+# {component: {dotted parameter name: array}}
+Params = Mapping[str, Mapping[str, jax.Array]]
+
+COMPONENTS = ("unet", "vae", "text_encoder", "conditioner")
+
+
+def _network_config(config_class: Any, torch_class: str, directory: str, fields: ml_collections.ConfigDict) -> Any:
+  """Pretrained weights bring their own shape; `fields` describes a network that starts from random weights."""
+  return config_class.from_dict(read_config(directory, torch_class) if directory else fields.to_dict())
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDiffusion:
+  """The networks as pure functions; parameters are always passed in, as {component: flat dict}.
+
+  Attributes:
+    schema: the attributes of the data.
+    schedule: noise schedule and prediction type.
+    unet_config, vae_config, text_config, conditioner_config: what the networks were built from.
+    unet, vae, text_encoder, conditioner: the networks.
+    trained: the components that training changes; the others are frozen.
+    image_size: side of the square images in pixels.
+  """
+
+  schema: Schema
+  schedule: NoiseSchedule
+  unet_config: UNetConfig
+  vae_config: VAEConfig
+  text_config: CLIPTextConfig
+  conditioner_config: HCNConfig
+  unet: Functional
+  vae: Functional
+  text_encoder: Functional
+  conditioner: Functional
+  trained: tuple[str, ...]
+  image_size: int
+
+  @classmethod
+  def from_config(cls, config: ml_collections.ConfigDict, schema: Schema) -> "LatentDiffusion":
+    """Builds the networks abstractly; nothing is allocated. Raises InputError where the parts do not fit together."""
+    if not config.weights.vae:
+      raise InputError("config.weights.vae names no directory; train an autoencoder with compdiff train-vae")
+    dtype = jnp.dtype(config.compute_dtype)
+    unet_config = _network_config(UNetConfig, "UNet2DConditionModel", config.weights.unet, config.unet)
+    vae_config = VAEConfig.from_dict(read_config(config.weights.vae, "AutoencoderKL"))
+    text_config = _network_config(CLIPTextConfig, "CLIPTextModel", config.weights.text_encoder, config.text_encoder)
+    conditioner_config = HCNConfig.from_dict(config.conditioner.to_dict())
+    width = unet_config.cross_attention_dim
+    if text_config.hidden_size != width or conditioner_config.d_ctx != width:
+      raise InputError(
+        f"unet.cross_attention_dim {width}, text_encoder.hidden_size {text_config.hidden_size} and conditioner.d_ctx"
+        f" {conditioner_config.d_ctx} must be equal: their tokens share one context"
+      )
+    if unet_config.in_channels != vae_config.latent_channels:
+      raise InputError(
+        f"unet.in_channels {unet_config.in_channels} must equal vae.latent_channels {vae_config.latent_channels}"
+      )
+    if config.data.image_size % vae_config.downsampling:
+      raise InputError(f"data.image_size {config.data.image_size} must be a multiple of {vae_config.downsampling}")
+    if not config.train_text_encoder and not config.weights.text_encoder:
+      raise InputError(
+        "a frozen text encoder needs weights: set config.weights.text_encoder to a diffusers text_encoder directory,"
+        " or config.train_text_encoder=True"
+      )
+    return cls(
+      schema=schema,
+      schedule=NoiseSchedule.from_dict(config.scheduler.to_dict()),
+      unet_config=unet_config,
+      vae_config=vae_config,
+      text_config=text_config,
+      conditioner_config=conditioner_config,
+      unet=Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, rngs=rngs)),
+      vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=dtype, rngs=rngs)),
+      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, rngs=rngs)),
+      conditioner=Functional(lambda rngs: HCN(conditioner_config, schema, rngs=rngs)),
+      trained=("unet", "conditioner", *(["text_encoder"] if config.train_text_encoder else [])),
+      image_size=config.data.image_size,
+    )
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    side = self.image_size // self.vae_config.downsampling
+    return side, side, self.vae_config.latent_channels
+
+  def component(self, name: str) -> Functional:
+    return getattr(self, name)
+
+  def load_frozen(self, weights: Mapping[str, str]) -> dict[str, Any]:
+    """The parameters that training does not change, read from the directories of `config.weights`."""
+    frozen = [name for name in ("vae", "text_encoder") if name not in self.trained]
+    return {name: load_component(weights[name], self.component(name)) for name in frozen}
+
+  def initial_params(self, key: jax.Array, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Starting values of the trained components: pretrained where `config.weights` names a directory, else random."""
+    params = {}
+    for name in self.trained:
+      component = self.component(name)
+      if weights.get(name):
+        params[name] = load_component(weights[name], component)
+      else:
+        # A key of its own for each component: training one more does not change how the others start.
+        params[name] = jax.jit(component.init)(jax.random.fold_in(key, COMPONENTS.index(name)))
+    return params
+
+  def encode(self, params: Params, images: jax.Array, noise: jax.Array) -> jax.Array:
+    """A posterior sample, scaled for diffusion: images [B, H, W, 3] in [-1, 1], noise [B, h, w, c] -> [B, h, w, c]."""
+    moments = self.vae(params["vae"], images, method="encode").astype(jnp.float32)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return (mean + jnp.exp(0.5 * log_variance) * noise) * self.vae_config.scaling_factor
+
+  def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+    """Latents [B, h, w, c] -> images uint8 [B, H, W, 3]."""
+    images = self.vae(params["vae"], latents / self.vae_config.scaling_factor, method="decode").astype(jnp.float32)
+    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+  def context(
+    self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
+  ) -> tuple[jax.Array, ConditionerOutput]:
+    """Text tokens followed by demographic tokens [B, 77 + T, C], and the conditioner's output."""
+    text = self.text_encoder(params["text_encoder"], input_ids)
+    output = self.conditioner(params["conditioner"], attributes, keys=keys)
+    return jnp.concatenate([text, output.tokens.astype(text.dtype)], axis=1), output
+
+  def unconditional_context(self, params: Params, input_ids: jax.Array) -> jax.Array:
+    """The negative or empty prompt followed by the tokens of "every attribute unknown" [B, 77 + T, C]."""
+    text = self.text_encoder(params["text_encoder"], input_ids)
+    tokens = self.conditioner(params["conditioner"], input_ids.shape[0], method="unconditional_tokens")
+    return jnp.concatenate([text, tokens.astype(text.dtype)], axis=1)

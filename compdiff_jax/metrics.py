@@ -1,0 +1,82 @@
+"""Metrics of a run: `metrics.jsonl` always, TensorBoard through CLU where TensorFlow is installed, and progress."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class MetricWriter:
+  """Writes one JSON line per report to `<workdir>/metrics.jsonl`; rows after `start_step` are dropped on resume.
+
+  A run that was killed has reported steps past its last checkpoint. Resuming repeats those steps, so their old rows
+  are removed (the file is replaced atomically) and every step stands in it once.
+  """
+
+  def __init__(self, workdir: Path, start_step: int):
+    self._path = Path(workdir) / "metrics.jsonl"
+    kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+    temporary = self._path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    temporary.replace(self._path)
+    self._file = self._path.open("a")
+    self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    self._file.write(json.dumps({"step": step, **values}) + "\n")
+    self._file.flush()
+    if self._tensorboard is not None:
+      self._tensorboard.write_scalars(step, dict(values))
+
+  def close(self) -> None:
+    self._file.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+
+def _tensorboard_writer(logdir: Path):
+  """CLU's summary writer, or None without TensorFlow: that costs the feature, not the run."""
+  try:
+    from clu import metric_writers
+  except ImportError:
+    return None
+  return metric_writers.SummaryWriter(str(logdir))
+
+
+def read_metrics(workdir: str | Path) -> list[dict[str, float]]:
+  """The rows of `metrics.jsonl`; a last line that a kill cut short is left out."""
+  path = Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return rows
+
+
+class Progress:
+  """A progress bar on a terminal, one plain line a report otherwise."""
+
+  def __init__(self, total: int, initial: int, unit: str):
+    self._bar = tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+    self._total, self._unit, self._start = total, unit, time.monotonic()
+    self._initial = initial
+
+  def update(self, step: int, text: str) -> None:
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    rate = (step - self._initial) / max(time.monotonic() - self._start, 1e-9)
+    left = (self._total - step) / rate if rate else 0.0
+    print(f"{self._unit} {step}/{self._total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()

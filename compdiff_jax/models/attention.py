@@ -1,0 +1,146 @@
+"""Attention, and the transformer that lets image features attend to the context tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from compdiff_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
+  """softmax(query key^T / sqrt(D)) value: the one entry point of every attention in this package.
+
+  Scores accumulate and the softmax runs in float32 whatever the input type, so a model that asks for
+  `upcast_attention` (SD 2.1-768, whose scores overflow float16) needs no second path.
+
+  Args:
+    query: [B, T, H, D].
+    key: [B, S, H, D].
+    value: [B, S, H, D].
+    causal: token t sees only tokens up to t.
+
+  Returns:
+    [B, T, H, D], in the type of `value`.
+  """
+  return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+  """[B, T, H*D] -> [B, T, H, D]."""
+  return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+  """[B, T, H, D] -> [B, T, H*D]."""
+  return x.reshape(*x.shape[:-2], -1)
+
+
+class Attention(nnx.Module):
+  """Multi-head attention of tokens [B, T, C] to a context [B, S, K], or to themselves (diffusers `Attention`)."""
+
+  def __init__(
+    self,
+    channels: int,
+    context_channels: int,
+    *,
+    heads: int,
+    use_bias: bool = False,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    dense = functools.partial(Dense, dtype=dtype, rngs=rngs)
+    self.heads = heads
+    self.to_q = dense(channels, channels, use_bias=use_bias)
+    self.to_k = dense(context_channels, channels, use_bias=use_bias)
+    self.to_v = dense(context_channels, channels, use_bias=use_bias)
+    # A list because the key is `to_out.0`: torch keeps a dropout at position 1.
+    self.to_out = nnx.List([dense(channels, channels)])
+
+  def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    context = x if context is None else context
+    query, key, value = (
+      split_heads(features, self.heads) for features in (self.to_q(x), self.to_k(context), self.to_v(context))
+    )
+    return self.to_out[0](merge_heads(attention(query, key, value)))
+
+
+class GEGLU(nnx.Module):
+  """Gated linear unit with an exact GELU (Shazeer 2020): the first half is the value, the second half the gate."""
+
+  def __init__(self, in_features: int, out_features: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.proj = Dense(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    value, gate = jnp.split(self.proj(x), 2, axis=-1)
+    return value * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+  """Token-wise GEGLU of four times the width and a projection back, [B, T, C] -> [B, T, C]."""
+
+  def __init__(self, channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    # Positions in a torch Sequential, where 1 is a dropout.
+    self.net = nnx.Dict(
+      {
+        "0": GEGLU(channels, 4 * channels, dtype=dtype, rngs=rngs),
+        "2": Dense(4 * channels, channels, dtype=dtype, rngs=rngs),
+      }
+    )
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return self.net["2"](self.net["0"](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+  """Pre-norm self-attention, cross-attention to the context, feed-forward; each added to its input."""
+
+  def __init__(self, channels: int, context_channels: int, *, heads: int, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.norm1 = LayerNorm(channels, dtype=dtype)
+    self.attn1 = Attention(channels, channels, heads=heads, dtype=dtype, rngs=rngs)
+    self.norm2 = LayerNorm(channels, dtype=dtype)
+    self.attn2 = Attention(channels, context_channels, heads=heads, dtype=dtype, rngs=rngs)
+    self.norm3 = LayerNorm(channels, dtype=dtype)
+    self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    x = x + self.attn1(self.norm1(x))
+    x = x + self.attn2(self.norm2(x), context)
+    return x + self.ff(self.norm3(x))
+
+
+class Transformer2D(nnx.Module):
+  """Transformer blocks over the pixels of [B, h, w, C], added to the input (diffusers `Transformer2DModel`)."""
+
+  def __init__(
+    self,
+    channels: int,
+    *,
+    heads: int,
+    context_channels: int,
+    num_layers: int,
+    groups: int,
+    linear_projection: bool,
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    # SD 2 stores the two projections as linear layers, SD 1 as 1x1 convolutions: one map, two parameter shapes.
+    project = Dense if linear_projection else functools.partial(Conv, kernel_size=1, padding=0)
+    # This norm alone has epsilon 1e-6; the UNet's other group norms have 1e-5.
+    self.norm = GroupNorm(groups, channels, eps=1e-6, dtype=dtype)
+    self.proj_in = project(channels, channels, dtype=dtype, rngs=rngs)
+    self.transformer_blocks = nnx.List(
+      [
+        BasicTransformerBlock(channels, context_channels, heads=heads, dtype=dtype, rngs=rngs)
+        for _ in range(num_layers)
+      ]
+    )
+    self.proj_out = project(channels, channels, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+    batch, height, width, channels = x.shape
+    tokens = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+    for block in self.transformer_blocks:
+      tokens = block(tokens, context)
+    return x + self.proj_out(tokens.reshape(x.shape))

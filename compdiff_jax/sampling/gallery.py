@@ -1,0 +1,58 @@
+"""The intersectional grid: one picture of every cell, with the same text and the same noise."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from compdiff_jax.conditioning.schema import Schema
+
+_INK, _PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def grid_attributes(schema: Schema) -> dict[str, np.ndarray]:
+  """One row per full cell, first attribute slowest: {name: [number of cells]}; bins by their middle."""
+  cells = schema.cells()
+  return {a.name: np.asarray([a.representative(cell[a.name]) for cell in cells], a.dtype) for a in schema}
+
+
+def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1600) -> Image.Image:
+  """Lays `images` (uint8 [cells, S, S, 3], in the order of `grid_attributes`) out with labels.
+
+  Rows are the levels of the first attribute (age), columns the combinations of the others (sex x group).
+  """
+  rows = schema.attributes[0].num_levels
+  columns = len(images) // rows
+  side = max(64, min(images.shape[1], max_width // columns))
+  headers = [[f"{a.level_names[cell[a.name]]}" for a in schema.attributes[1:]] for cell in schema.cells()[:columns]]
+  labels = [f"{schema.attributes[0].name} {name}" for name in schema.attributes[0].level_names]
+  font = ImageFont.load_default(12)
+  left = 12 + max(int(font.getlength(label)) for label in labels)
+  line = 15
+  top = line * (2 + max(1, len(schema.attributes) - 1))
+  canvas = Image.new("RGB", (left + columns * (side + 2), top + rows * (side + 2)), _PAPER)
+  draw = ImageDraw.Draw(canvas)
+  draw.text((4, 2), title, fill=_INK, font=font)
+  for column, header in enumerate(headers):
+    for depth, text in enumerate(header):
+      draw.text((left + column * (side + 2) + 2, line * (1.5 + depth)), text, fill=_INK, font=font)
+  for row, label in enumerate(labels):
+    draw.text((4, top + row * (side + 2) + side // 2 - 6), label, fill=_INK, font=font)
+    for column in range(columns):
+      tile = Image.fromarray(images[row * columns + column]).resize((side, side), Image.Resampling.BICUBIC)
+      canvas.paste(tile, (left + column * (side + 2), top + row * (side + 2)))
+  return canvas
+
+
+def sample_grid(
+  generate: Callable[[Sequence[str], dict[str, np.ndarray], np.ndarray], np.ndarray],
+  schema: Schema,
+  text: str,
+  seed: int,
+  title: str,
+) -> Image.Image:
+  """Draws every cell of `schema` from one text and one seed. `generate` is (texts, attributes, seeds) -> images."""
+  attributes = grid_attributes(schema)
+  count = len(schema.cells())
+  images = generate([text] * count, attributes, np.full([count], seed, np.uint32))
+  return draw_grid(images, schema, title)

@@ -1,0 +1,151 @@
+"""A sampling job: plan rows in, PNG files and a manifest out. Every piece is written whole or not at all."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from compdiff_jax import __version__, sharding
+from compdiff_jax.cli import InputError, writing
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.data.prompts import format_prompt
+from compdiff_jax.data.tokenizer import Tokenizer
+from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.sampling.plan import PlanRow
+from compdiff_jax.sampling.sampler import make_sampler
+
+# (texts, attributes {name: [n]}, seeds [n]) -> images uint8 [n, S, S, 3]
+Generate = Callable[[Sequence[str], Mapping[str, np.ndarray], np.ndarray], np.ndarray]
+
+
+def make_generate(
+  model: LatentDiffusion,
+  tokenizer: Tokenizer,
+  *,
+  prompt_attributes: Sequence[str],
+  num_steps: int,
+  guidance: float,
+  batch_size: int,
+) -> Callable[..., np.ndarray]:
+  """Returns (params, texts, attributes, seeds) -> images for any number of rows.
+
+  Rows are put through the compiled sampler in batches of one padded shape, sharded over all devices.
+  """
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  sampler = make_sampler(model, jax.numpy.asarray(tokenizer.empty_ids), num_steps)
+
+  def generate(params, texts, attributes, seeds):
+    images = []
+    for start in range(0, len(texts), batch_size):
+      # The last batch repeats its last row: one shape, one program.
+      index = np.minimum(np.arange(start, start + batch_size), len(texts) - 1)
+      prompts = [
+        format_prompt(texts[i], {k: v[i] for k, v in attributes.items()}, model.schema, prompt_attributes)
+        for i in index
+      ]
+      rows = (
+        tokenizer(prompts),
+        {name: np.asarray(values)[index] for name, values in attributes.items()},
+        np.asarray(seeds, np.uint32)[index],
+      )
+      out = sampler(params, *jax.device_put(rows, sharding.batch_sharding(mesh)), guidance)
+      images.append(np.asarray(out)[: len(texts) - start])
+    return np.concatenate(images)
+
+  return generate
+
+
+def run_job(
+  out: Path,
+  rows: Sequence[PlanRow],
+  schema: Schema,
+  generate: Generate,
+  settings: Mapping[str, Any],
+  batch_size: int,
+) -> Iterator[int]:
+  """Samples every plan row into `out`, yielding the number finished so far; rows that are already there are kept.
+
+  Args:
+    out: directory for `000000.png` …, `manifest.csv`, `schema.json` and `job.json`.
+    settings: what every image shares (checkpoint_step, weights, sampler, steps, guidance); stands in the manifest. A
+      directory begun with other settings or another plan is refused.
+  """
+  job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
+  columns = ["file", "sha256", "text", *schema.names, "seed", *settings]
+  done = _open_output(out, job, columns, schema)
+  with (out / "manifest.csv").open("a", newline="") as file:
+    manifest = csv.writer(file)
+    for start in range(done, len(rows), batch_size):
+      chunk = rows[start : start + batch_size]
+      attributes = {a.name: np.asarray([row.attributes[a.name] for row in chunk], a.dtype) for a in schema}
+      images = generate([row.text for row in chunk], attributes, np.asarray([row.seed for row in chunk], np.uint32))
+      for index, (row, image) in enumerate(zip(chunk, images), start=start):
+        values = {a.name: a.decode(row.attributes[a.name]) for a in schema}
+        data = _encode_png(image, {**settings, "text": row.text, "attributes": values, "seed": row.seed})
+        name = f"{index:06d}.png"
+        with writing(out):
+          (out / f".{name}").write_bytes(data)
+          (out / f".{name}").replace(out / name)
+          digest = hashlib.sha256(data).hexdigest()
+          manifest.writerow([name, digest, row.text, *values.values(), row.seed, *settings.values()])
+      file.flush()
+      yield start + len(chunk)
+
+
+def _plan_hash(rows: Sequence[PlanRow], schema: Schema) -> str:
+  digest = hashlib.sha256()
+  for row in rows:
+    values = [schema[name].decode(row.attributes[name]) for name in schema.names]
+    digest.update(json.dumps([row.text, values, row.seed]).encode())
+  return digest.hexdigest()
+
+
+def _open_output(out: Path, job: Mapping[str, Any], columns: Sequence[str], schema: Schema) -> int:
+  """Starts the directory, or checks what an interrupted job left there; returns how many rows are finished."""
+  if not (out / "job.json").exists():
+    if out.exists() and any(out.iterdir()):
+      raise InputError(f"{out} is not empty and holds no sampling job (no job.json); give a new directory")
+    with writing(out):
+      out.mkdir(parents=True, exist_ok=True)
+      schema.save(out / "schema.json")
+      with (out / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerow(columns)
+      (out / "job.json").write_text(json.dumps(job, indent=2) + "\n")
+    return 0
+  begun = json.loads((out / "job.json").read_text())
+  if begun != json.loads(json.dumps(job)):
+    raise InputError(f"{out} was begun with another plan, checkpoint or settings; give a new directory")
+  with (out / "manifest.csv").open(newline="") as file:
+    entries = list(csv.reader(file))[1:]
+  kept = []
+  for index, entry in enumerate(entries):
+    # A kill may have cut the last line short; from the first row that is not whole, everything is made again.
+    path = out / f"{index:06d}.png"
+    whole = len(entry) == len(columns) and entry[0] == path.name and path.exists()
+    if not whole or hashlib.sha256(path.read_bytes()).hexdigest() != entry[1]:
+      break
+    kept.append(entry)
+  temporary = out / ".manifest.csv"
+  with temporary.open("w", newline="") as file:
+    csv.writer(file).writerows([columns, *kept])
+  temporary.replace(out / "manifest.csv")
+  return len(kept)
+
+
+def _encode_png(image: np.ndarray, provenance: Mapping[str, Any]) -> bytes:
+  """PNG bytes with the provenance of a generated image as text chunks."""
+  chunks = PngImagePlugin.PngInfo()
+  chunks.add_itxt("Synthetic", "YES")
+  chunks.add_itxt("Software", f"compdiff-jax {__version__}")
+  chunks.add_itxt("Generation", json.dumps(provenance))
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, "PNG", pnginfo=chunks)
+  return buffer.getvalue()

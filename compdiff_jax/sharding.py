@@ -1,0 +1,94 @@
+"""Where arrays live: a (data, fsdp, tensor) mesh and regex rules from parameter names to PartitionSpecs.
+
+All axes are `AxisType.Auto`, so the compiler inserts the collectives. The batch is split over (data, fsdp).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from compdiff_jax.cli import InputError
+
+AXES = ("data", "fsdp", "tensor")
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+  """The device mesh. `sizes` maps each of `AXES` to a size; one of them may be -1, "all the remaining devices"."""
+  devices = jax.devices() if devices is None else list(devices)
+  shape = [sizes[axis] for axis in AXES]
+  fixed = math.prod(size for size in shape if size != -1)
+  if shape.count(-1) > 1 or fixed < 1 or len(devices) % fixed:
+    raise InputError(f"mesh {dict(sizes)} does not divide {len(devices)} devices; one axis may be -1")
+  shape = [len(devices) // fixed if size == -1 else size for size in shape]
+  if math.prod(shape) != len(devices):
+    raise InputError(f"mesh {dict(zip(AXES, shape))} needs {math.prod(shape)} devices, {len(devices)} are present")
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis of a batch over every data-parallel device."""
+  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+  """Every device must get the same number of rows in every micro-batch."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
+  if accumulation < 1 or batch_size % ways:
+    raise InputError(
+      f"batch_size {batch_size} is not divisible by data x fsdp x accumulation = {ways}; choose a multiple of {ways}"
+    )
+
+
+def parameter_spec(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
+  """The first rule whose regex matches the whole name wins; else the largest axis divisible by fsdp; else replicated."""
+  for pattern, axes in rules:
+    if re.fullmatch(pattern, name):
+      spec = PartitionSpec(*axes)
+      for dimension, axis in zip(shape, axes):
+        if axis is not None and dimension % mesh.shape[axis]:
+          raise InputError(f"sharding rule {pattern!r}: {name} {tuple(shape)} is not divisible by {axis}")
+      if len(axes) > len(shape):
+        raise InputError(f"sharding rule {pattern!r} has more axes than {name} {tuple(shape)}")
+      return spec
+  fsdp = mesh.shape["fsdp"]
+  divisible = [i for i, dimension in enumerate(shape) if dimension % fsdp == 0]
+  if fsdp == 1 or not divisible:
+    return PartitionSpec()
+  largest = max(divisible, key=lambda i: shape[i])
+  return PartitionSpec(*[None] * largest, "fsdp")
+
+
+def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+  """Shardings for a pytree of arrays whose innermost dict keys are parameter names.
+
+  Optimizer moments and EMA hold trees of the same keys as the parameters, so they get the parameters' shardings;
+  leaves that are not below a parameter name (counters) are replicated.
+  """
+
+  def sharding(path, leaf):
+    keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    name = ".".join(map(str, keys[-2:]))
+    spec = parameter_spec(name, leaf.shape, rules, mesh) if leaf.ndim else PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+  """Bytes of `tree` that one device holds under `shardings`."""
+  sizes = jax.tree.map(
+    lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize,
+    tree,
+    shardings,
+  )
+  return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,144 @@
+"""`compdiff train`: trains the UNet and the conditioner from a config. The same command resumes, bit for bit."""
+
+import functools
+import json
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compdiff_jax import cli, sharding
+from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.config import load_config, to_plain
+from compdiff_jax.data.input_pipeline import check_image_size, training_batches
+from compdiff_jax.data.records import RecordSet
+from compdiff_jax.data.tokenizer import load_tokenizer
+from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.metrics import MetricWriter, Progress
+from compdiff_jax.sampling.gallery import sample_grid
+from compdiff_jax.sampling.job import make_generate
+from compdiff_jax.training.checks import check_finite, check_intervals, print_summary
+from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from compdiff_jax.training.state import TrainState
+from compdiff_jax.training.step import make_train_step
+from compdiff_jax.workdir import claim, content_hash
+
+
+def main(argv: list[str]) -> None:
+  parser = cli.parser("compdiff train", __doc__)
+  parser.add_argument("--config", required=True, help="config file; override keys with --config.key=value")
+  parser.add_argument("--workdir", type=Path, required=True, help="directory of this run, new or to be resumed")
+  parser.add_argument("--dry_run", action="store_true", help="print config, parameters, mesh and memory, and stop")
+  args, overrides = parser.parse_known_args(argv)
+  config = load_config(args.config, overrides)
+
+  # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
+  check_intervals(config.logging)
+  record_set = RecordSet(config.data.path)
+  record_set.split("train")
+  check_image_size(config.data.image_size, record_set, "train")
+  schema = record_set.schema
+  model = LatentDiffusion.from_config(config, schema)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
+  optimizer = make_optimizer(config.train)
+  create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
+  shapes = {name: model.component(name).shapes for name in model.trained}
+  abstract = jax.eval_shape(create, shapes)
+  shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
+  print_summary(shapes, abstract, shardings, mesh)
+  if args.dry_run:
+    print(json.dumps(to_plain(config), indent=2))
+    return
+
+  # ---- Frozen networks and the run's directory
+  tokenizer = load_tokenizer(config.weights.tokenizer)
+  if tokenizer.vocab_size > model.text_config.vocab_size:
+    raise cli.InputError(
+      f"{config.weights.tokenizer} has {tokenizer.vocab_size} tokens, text_encoder.vocab_size is"
+      f" {model.text_config.vocab_size}; set it to at least {tokenizer.vocab_size}"
+    )
+  frozen = model.load_frozen(config.weights)
+  claim(args.workdir, config, schema, {name: content_hash(params) for name, params in frozen.items()})
+  frozen = jax.device_put(frozen, sharding.replicated(mesh))
+  batches = training_batches(
+    record_set,
+    "train",
+    batch_size=config.train.batch_size,
+    image_size=config.data.image_size,
+    seed=config.seed,
+    tokenizer=tokenizer,
+    prompt_attributes=tuple(config.prompt_attributes),
+  )
+
+  # ---- State: the latest checkpoint of this workdir, else pretrained weights, else random
+  checkpoints = Checkpoints(args.workdir / "checkpoints", config.logging.keep_checkpoints)
+  if checkpoints.steps:
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    start, parts = checkpoints.restore({**target.parts(), "data": batches})
+    state = TrainState.from_parts(parts)
+  else:
+    start = 0
+    params = model.initial_params(jax.random.key(config.seed), config.weights)
+    state = jax.jit(create, out_shardings=shardings)(params)
+
+  # ---- The step
+  step_fn = jax.jit(
+    make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids)),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  learning_rate = learning_rate_schedule(config.train)
+  generate = make_generate(
+    model,
+    tokenizer,
+    prompt_attributes=tuple(config.prompt_attributes),
+    num_steps=config.sample.num_steps,
+    guidance=config.sample.guidance,
+    batch_size=config.sample.batch_size,
+  )
+
+  # ---- The loop: step, report, sample, checkpoint
+  writer = MetricWriter(args.workdir, start)
+  progress = Progress(config.train.steps, start, "step")
+  pending, clock, data_wait = [], time.monotonic(), 0.0
+  try:
+    for step in range(start + 1, config.train.steps + 1):
+      waiting = time.monotonic()
+      batch = next(batches)
+      data_wait += time.monotonic() - waiting
+      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+      state, metrics = step_fn(state, frozen, batch)
+      pending.append(metrics)
+
+      if step % config.logging.log_every == 0 or step == config.train.steps:
+        rows = jax.device_get(pending)
+        check_finite(rows, step - len(rows) + 1)
+        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        seconds = time.monotonic() - clock
+        speed = {
+          "learning_rate": float(learning_rate(step - 1)),
+          "images": step * config.train.batch_size,
+          "images_per_second": len(rows) * config.train.batch_size / seconds,
+          "data_wait_share": data_wait / seconds,
+        }
+        writer.write(step, {**values, **speed})
+        progress.update(step, f"loss {values['loss']:.4f}  {speed['images_per_second']:.1f} images/s")
+        pending, clock, data_wait = [], time.monotonic(), 0.0
+
+      if step % config.logging.sample_every == 0:
+        draw = functools.partial(generate, {**frozen, **state.ema})
+        picture = sample_grid(draw, schema, config.sample.text, config.seed, f"step {step}: {config.sample.text}")
+        (args.workdir / "samples").mkdir(exist_ok=True)
+        picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
+        clock = time.monotonic()  # drawing is not training time
+
+      if step % config.logging.checkpoint_every == 0 or step == config.train.steps:
+        checkpoints.save(step, {**state.parts(), "data": batches})
+  finally:
+    checkpoints.close()
+    writer.close()
+    progress.close()
+  print(f"trained to step {config.train.steps}; checkpoints, metrics.jsonl and samples in {args.workdir}")

@@ -1,0 +1,116 @@
+"""`compdiff train-vae`: trains the AutoencoderKL on a data set and saves it in diffusers format.
+
+Loss: mean absolute error of the reconstruction plus `vae_training.kl` times the KL of the posterior to N(0, I), in
+float32 (Rombach et al. 2022, section 3.1, without the perceptual and adversarial terms). It starts from
+`config.vae_training.init` (fine-tuning) or from random weights. The scaling factor is measured on the training images,
+so that latents have unit standard deviation, as in that paper's appendix G.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from compdiff_jax import cli, sharding
+from compdiff_jax.config import load_config
+from compdiff_jax.data.input_pipeline import check_image_size, training_batches
+from compdiff_jax.data.records import RecordSet, decode_image
+from compdiff_jax.interop.weights import load_component, read_config, save_component
+from compdiff_jax.metrics import Progress
+from compdiff_jax.models.functional import Functional
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+
+_SHOWN = 8  # images in the reconstruction picture
+
+
+def main(argv: list[str]) -> None:
+  parser = cli.parser("compdiff train-vae", __doc__)
+  parser.add_argument("--config", required=True, help="config file; override keys with --config.key=value")
+  parser.add_argument("--out", type=Path, required=True, help="new directory for the diffusers VAE")
+  args, overrides = parser.parse_known_args(argv)
+  config = load_config(args.config, overrides)
+  settings = config.vae_training
+
+  # ---- Data and network
+  record_set = RecordSet(config.data.path)
+  check_image_size(config.data.image_size, record_set, "train")
+  fields = read_config(settings.init, "AutoencoderKL") if settings.init else config.vae.to_dict()
+  vae_config = VAEConfig.from_dict(fields)
+  vae = Functional(lambda rngs: AutoencoderKL(vae_config, dtype=jnp.float32, rngs=rngs))
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(settings.batch_size, 1, mesh)
+  out = cli.new_directory(args.out)
+  batches = training_batches(
+    record_set, "train", batch_size=settings.batch_size, image_size=config.data.image_size, seed=config.seed
+  )
+  key = jax.random.key(config.seed)
+  params = load_component(settings.init, vae) if settings.init else jax.jit(vae.init)(key)
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adam(optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, settings.steps)),
+  )
+  state = jax.device_put((params, optimizer.init(params)), sharding.replicated(mesh))
+
+  # ---- Training
+  def loss_fn(params, images, key):
+    side = config.data.image_size // vae_config.downsampling
+    noise = jax.random.normal(key, [images.shape[0], side, side, vae_config.latent_channels])
+    reconstruction, moments = vae(params, images, noise)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    error = jnp.mean(jnp.abs(reconstruction - images))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+    return error + settings.kl * kl, {"mean_absolute_error": error, "kl": kl}
+
+  def step_fn(state, images, step):
+    params, opt_state = state
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, images, jax.random.fold_in(key, step))
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return (optax.apply_updates(params, updates), opt_state), metrics
+
+  step_fn = jax.jit(step_fn, donate_argnums=0)
+  progress = Progress(settings.steps, 0, "step")
+  for step in range(1, settings.steps + 1):
+    images = jax.device_put(next(batches)["images"], sharding.batch_sharding(mesh))
+    state, metrics = step_fn(state, images, step)
+    if step % 100 == 0 or step == settings.steps:
+      values = {name: float(value) for name, value in metrics.items()}
+      if not all(map(math.isfinite, values.values())):
+        raise cli.RunError(f"the VAE loss became {values} by step {step}; lower vae_training.learning_rate")
+      progress.update(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+  progress.close()
+  params = state[0]
+
+  # ---- Scaling factor, weights, pictures
+  encode = jax.jit(lambda params, images: vae(params, images / 127.5 - 1.0, method="encode"))
+  shown, spread = [], []
+  for split in ("train", "val"):
+    source = record_set.split(split)
+    images = np.stack([decode_image(source[i]["image"], config.data.image_size) for i in range(min(256, len(source)))])
+    moments = np.concatenate([encode(params, images[i : i + 32].astype(np.float32)) for i in range(0, len(images), 32)])
+    mean = moments[..., : vae_config.latent_channels]
+    spread.append(float(mean.std()))
+    shown.append((images[:_SHOWN], mean[:_SHOWN]))
+  vae_config = dataclasses.replace(vae_config, scaling_factor=round(1.0 / spread[0], 5))
+  with cli.writing(out):
+    save_component(out, vae_config.to_dict(), params, "AutoencoderKL")
+    originals, means = shown[1]  # the validation split: what the VAE has not seen
+    decoded = np.asarray(vae(params, jnp.asarray(means), method="decode"))
+    reconstructions = np.clip(np.round(decoded * 127.5 + 127.5), 0, 255).astype(np.uint8)
+    picture = np.concatenate([np.concatenate(list(originals), 1), np.concatenate(list(reconstructions), 1)])
+    Image.fromarray(picture).save(out / "reconstructions.png")
+  error = float(np.abs(originals.astype(np.float32) - reconstructions).mean())
+  report = {
+    **values,
+    "steps": settings.steps,
+    "scaling_factor": vae_config.scaling_factor,
+    "val_error_grey_levels": error,
+  }
+  (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+  print(f"VAE in {out}: {json.dumps(report)}; originals above reconstructions in {out / 'reconstructions.png'}")

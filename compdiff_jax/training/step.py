@@ -1,0 +1,138 @@
+"""The training step: one pure function of (state, frozen parameters, batch), jitted once.
+
+Losses are means over the *global* batch, whatever the number of devices and micro-batches; every random draw is a
+pure function of (seed, step, position in the global batch).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from compdiff_jax.conditioning.dropout import drop_attributes
+from compdiff_jax.conditioning.losses import loss_terms
+from compdiff_jax.diffusion import objective
+from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.training.state import Params, TrainState, update_ema
+
+# What each sample's key is split into. Appending a purpose leaves the other draws as they were.
+_PURPOSES = ("posterior", "noise", "timestep", "text_dropout", "attribute_dropout", "conditioner")
+
+
+def sample_keys(seed: int, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+  """One typed key per purpose and sample, {purpose: [B]}; row i depends on (seed, step, i) alone."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), len(_PURPOSES)))(jnp.arange(batch_size))
+  return {purpose: keys[:, i] for i, purpose in enumerate(_PURPOSES)}
+
+
+def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _micro_batches(tree: Any, count: int) -> Any:
+  """[B, …] -> [count, B / count, …]; rows are dealt out in turn, so that a sharded batch stays on its devices."""
+  return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
+  """The loss of some rows of the batch, as a share of the loss of the whole batch."""
+
+  def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Every loss and metric as (values [b], weight [b])."""
+    everything = {**frozen, **params}
+    keys = rows["keys"]
+    context, output = model.context(everything, rows["input_ids"], rows["attributes"], keys["conditioner"])
+    images = rows["images"].astype(jnp.float32) / 127.5 - 1.0
+    latents = model.encode(everything, images, _normal(keys["posterior"], model.latent_shape))
+    latents = jax.lax.stop_gradient(latents)  # the VAE is frozen
+    noise = _normal(keys["noise"], model.latent_shape)
+    timesteps = jax.vmap(lambda key: jax.random.randint(key, [], 0, model.schedule.num_train_timesteps))(
+      keys["timestep"]
+    )
+    noisy = objective.add_noise(model.schedule, latents, noise, timesteps)
+    prediction = model.unet(params["unet"], noisy, timesteps, context)
+    error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
+    return {"diffusion": (error, jnp.ones_like(error)), **loss_terms(output)}
+
+  def coefficients(step: jax.Array, names: list[str]) -> dict[str, jax.Array | float]:
+    """Loss weights; auxiliary heads share `auxiliary` equally (method B.5). Metrics have none."""
+    heads = [name for name in names if name.startswith("aux_")]
+    annealing = jnp.minimum(1.0, step / max(config.loss.kl_anneal_steps, 1))
+    fixed = {"diffusion": 1.0, "kl": config.loss.kl * annealing, "composition": config.loss.composition}
+    return {**fixed, **{name: config.loss.auxiliary / len(heads) for name in heads}}
+
+  def loss(params, frozen, rows, step, weights):
+    means = {
+      name: jnp.sum(values * weight) / jnp.maximum(weights[name], 1.0)
+      for name, (values, weight) in terms(params, frozen, rows).items()
+    }
+    total = sum(coefficient * means[name] for name, coefficient in coefficients(step, list(means)).items())
+    return total, {"loss": total, **means}
+
+  def total_weights(params, frozen, rows):
+    # Weights depend on the attributes alone, so the compiler drops everything else of this pass.
+    return {name: jnp.sum(weight) for name, (_, weight) in terms(params, frozen, rows).items()}
+
+  return loss, total_weights
+
+
+def make_train_step(
+  model: LatentDiffusion,
+  config: ml_collections.ConfigDict,
+  optimizer: optax.GradientTransformation,
+  empty_ids: jax.Array,
+) -> Callable[[TrainState, Params, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns step(state, frozen, batch) -> (state, metrics).
+
+  Args:
+    model: the networks.
+    config: the run's config; `loss`, `dropout`, `train` and `seed` are read here.
+    optimizer: gradient transformation over the trained parameters.
+    empty_ids: int32 [77], the empty prompt, which text dropout puts in.
+
+  The batch is {"images": uint8 [B, S, S, 3], "input_ids": int32 [B, 77], "attributes": {name: [B]}}.
+  """
+  loss, total_weights = make_loss(model, config)
+  accumulation = config.train.accumulation
+
+  def step(state: TrainState, frozen: Params, batch: Mapping[str, Any]):
+    batch_size = batch["input_ids"].shape[0]
+    keys = sample_keys(config.seed, state.step, batch_size)
+    drop_text = jax.vmap(jax.random.uniform)(keys["text_dropout"]) < config.dropout.text
+    rows = {
+      "images": batch["images"],
+      "input_ids": jnp.where(drop_text[:, None], empty_ids, batch["input_ids"]),
+      "attributes": drop_attributes(
+        batch["attributes"],
+        model.schema,
+        keys["attribute_dropout"],
+        config.dropout.attribute,
+        config.dropout.all_attributes,
+      ),
+      "keys": keys,
+    }
+    weights = total_weights(state.params, frozen, rows)
+    gradient = jax.grad(loss, has_aux=True)
+    if accumulation == 1:
+      grads, metrics = gradient(state.params, frozen, rows, state.step, weights)
+    else:
+
+      def add(total, micro):
+        return jax.tree.map(jnp.add, total, gradient(state.params, frozen, micro, state.step, weights)), None
+
+      micro = _micro_batches(rows, accumulation)
+      shapes = jax.eval_shape(gradient, state.params, frozen, jax.tree.map(lambda x: x[0], micro), state.step, weights)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+      grads, metrics = jax.lax.scan(add, zeros, micro)[0]
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = update_ema(state.ema, params, state.step, config.train.ema_decay)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+  return step

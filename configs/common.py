@@ -1,0 +1,143 @@
+"""What all configs share; each config file says only what differs."""
+
+import ml_collections
+
+
+def base() -> ml_collections.ConfigDict:
+  """Method defaults: the reference's optimizer and loss weights, with text and attribute dropout on."""
+  config = ml_collections.ConfigDict()
+  config.seed = 42
+  config.compute_dtype = "float32"  # "bfloat16" on TPU and GPU; parameters, optimizer, EMA and losses stay float32
+
+  config.data = ml_collections.ConfigDict({"path": "", "image_size": 512})
+  # Attributes written in front of the clinical text ("54 year old. …"); HCN v1 without age names ("age",).
+  config.prompt_attributes = ()
+
+  # diffusers component directories. Networks that have one take their shape from its config.json.
+  config.weights = ml_collections.ConfigDict({"unet": "", "vae": "", "text_encoder": "", "tokenizer": ""})
+  # Shapes of the networks that start from random weights; fields of the diffusers and transformers config.json.
+  config.unet = ml_collections.ConfigDict()
+  config.text_encoder = ml_collections.ConfigDict()
+  config.train_text_encoder = False
+  config.scheduler = ml_collections.ConfigDict(
+    {
+      "num_train_timesteps": 1000,
+      "beta_start": 0.00085,
+      "beta_end": 0.012,
+      "beta_schedule": "scaled_linear",
+      "prediction_type": "epsilon",
+      "steps_offset": 1,
+      "set_alpha_to_one": False,
+    }
+  )
+  config.conditioner = ml_collections.ConfigDict(
+    {
+      "attributes": (),
+      "d_node": 256,
+      "d_ctx": 1024,
+      "dropout": 0.1,
+      "use_uncertainty": True,
+      "aux_hidden_dim": 512,
+      "learned_nulls": True,
+    }
+  )
+
+  config.loss = ml_collections.ConfigDict({"kl": 0.005, "kl_anneal_steps": 5000, "composition": 0.1, "auxiliary": 1.0})
+  config.dropout = ml_collections.ConfigDict({"text": 0.1, "attribute": 0.1, "all_attributes": 0.1})
+  config.train = ml_collections.ConfigDict(
+    {
+      "steps": 30_000,
+      "batch_size": 48,
+      "accumulation": 1,
+      "learning_rate": 1e-5,
+      "warmup_steps": 500,
+      "b1": 0.9,
+      "b2": 0.999,
+      "eps": 1e-8,
+      "weight_decay": 1e-2,
+      "clip_norm": 1.0,
+      "ema_decay": 0.9999,
+    }
+  )
+
+  config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  # (regex of "component.parameter", axes), first match wins; without a match the largest axis divisible by fsdp.
+  config.sharding_rules = ()
+
+  config.sample = ml_collections.ConfigDict(
+    {
+      "num_steps": 50,
+      "guidance": 7.5,
+      "batch_size": 16,
+      "text": "No acute cardiopulmonary abnormality.",
+    }
+  )
+  config.logging = ml_collections.ConfigDict(
+    {
+      "log_every": 50,
+      "checkpoint_every": 500,
+      "keep_checkpoints": 2,
+      "sample_every": 2500,
+    }
+  )
+  return config
+
+
+def tiny(config: ml_collections.ConfigDict, image_size: int) -> ml_collections.ConfigDict:
+  """Networks small enough for two CPU cores, for 32 to 128 pixel images; trained from random weights."""
+  config.data.image_size = image_size
+  config.vae_training = ml_collections.ConfigDict(
+    {
+      "steps": 600,
+      "batch_size": 16,
+      "learning_rate": 2e-3,
+      "kl": 1e-3,
+      "init": "",  # a diffusers VAE directory to fine-tune instead of starting from `vae`
+    }
+  )
+  config.vae = ml_collections.ConfigDict(
+    {
+      "in_channels": 3,
+      "out_channels": 3,
+      "down_block_types": ("DownEncoderBlock2D",) * 3,
+      "up_block_types": ("UpDecoderBlock2D",) * 3,
+      "block_out_channels": (16, 32, 64),
+      "layers_per_block": 1,
+      "latent_channels": 4,
+      "norm_num_groups": 8,
+      "sample_size": image_size,
+      "mid_block_add_attention": False,
+    }
+  )
+  config.unet = ml_collections.ConfigDict(
+    {
+      "sample_size": image_size // 4,
+      "in_channels": 4,
+      "out_channels": 4,
+      "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+      "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+      "block_out_channels": (64, 128),
+      "layers_per_block": 1,
+      "cross_attention_dim": 64,
+      "attention_head_dim": 4,
+      "norm_num_groups": 16,
+      "use_linear_projection": True,
+    }
+  )
+  config.text_encoder = ml_collections.ConfigDict(
+    {
+      "vocab_size": 600,
+      "hidden_size": 64,
+      "intermediate_size": 128,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "max_position_embeddings": 77,
+      "hidden_act": "gelu",
+    }
+  )
+  # No pretrained text encoder of this size exists, so it is trained along.
+  config.train_text_encoder = True
+  config.conditioner.d_node = 64
+  config.conditioner.d_ctx = 64
+  config.conditioner.aux_hidden_dim = 64
+  return config

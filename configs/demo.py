@@ -1,0 +1,29 @@
+"""The demo: age x sex x group phantoms at 64x64 on two CPU cores, from random weights.
+
+make demo                                                                        runs the whole chain
+compdiff train --config=configs/demo.py --workdir=build/demo/run                 trains on the demo's data
+"""
+
+from configs import common
+
+
+def get_config():
+  config = common.tiny(common.base(), image_size=64)
+  config.data.path = "build/demo/data"
+  config.weights.vae = "build/demo/vae"
+  config.weights.tokenizer = "build/demo/tokenizer"
+  config.conditioner.attributes = ("age", "sex", "group")
+  config.loss.kl = 1e-4
+  config.loss.kl_anneal_steps = 500
+  config.train.steps = 1500
+  config.train.batch_size = 32
+  config.train.learning_rate = 1e-3
+  config.train.warmup_steps = 100
+  config.train.ema_decay = 0.995
+  config.sample.num_steps = 30
+  config.sample.guidance = 2.0
+  config.sample.batch_size = 40
+  config.logging.log_every = 50
+  config.logging.checkpoint_every = 500
+  config.logging.sample_every = 500
+  return config

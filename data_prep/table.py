@@ -1,0 +1,247 @@
+"""Turns any CSV and a folder of images into a data set: `python -m data_prep.table --help`.
+
+A config file (configs/data/*.py) maps columns to attributes, text, findings and patient id. Its keys:
+
+  name, description   of the data set
+  size, resize        target size in pixels; "pad" (to a square, zeros) or "crop" (centre)
+  image, patient      columns: path relative to the image folder (also the key), patient id
+  unknown             raw values that mean "not known" in attributes, text and findings; the empty value always does
+  attributes          tuple of dicts: the fields of `Attribute`, `column`, and `mapping` {raw value: value}, where a
+                      value "" makes a raw value unknown; without `mapping` the raw values are the attribute's values
+  text.parts          templates such as "{finding}."; a part is left out when one of its columns is unknown
+  text.replace        (regular expression, replacement) pairs, ignoring case, applied to the columns of the text; they
+                      keep attributes out of it
+  text.max_words      the text is cut after so many words
+  findings.columns    columns whose values are names of findings that are present
+  findings.separator  separates several names in one value
+  attribution         columns kept per image in attribution.csv; the column "licence" is counted in the data card
+"""
+
+import functools
+import io
+import os
+import re
+import string
+import struct
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from compdiff_jax import cli
+from compdiff_jax.cli import InputError, nearest
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.config import load_config
+from compdiff_jax.data.csv_file import FIRST_ROW, read_csv
+from data_prep import dataset
+
+_BATCH = 256
+# What Pillow raises for files that are no image, cut short, damaged or absurdly large.
+_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class _RowError(Exception):
+  """Why one row cannot be used; "<kind>: <detail>"."""
+
+
+def encode_image(path: Path, size: int, resize: str) -> bytes:
+  """The image as PNG bytes of size x size pixels, 8 bit, grey or RGB; "pad" adds zeros, "crop" cuts the long side.
+
+  Resampling is antialiased (Lanczos). Images with more than 8 bits are scaled linearly from their own minimum and
+  maximum to 0..255. Orientation is left as stored.
+  """
+  with Image.open(path) as source:
+    source.load()
+    image = _eight_bit(source)
+  fit = max(image.size) if resize == "pad" else min(image.size)
+  width, height = (max(1, round(side * size / fit)) for side in image.size)
+  image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+  square = Image.new(image.mode, (size, size))
+  square.paste(image, ((size - width) // 2, (size - height) // 2))
+  data = io.BytesIO()
+  square.save(data, "PNG")
+  return data.getvalue()
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+  if image.mode[0] in "IF":
+    values = np.asarray(image, np.float64)
+    low, high = values.min(), values.max()
+    return Image.fromarray(np.uint8(np.round((values - low) * (255 / max(high - low, 1e-12)))))
+  return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+
+
+class TableReader:
+  """Reads the rows of a table as examples for `write_dataset`; `rejected` fills up while they are read."""
+
+  def __init__(self, csv_path: str | Path, images: str | Path, config: ml_collections.ConfigDict):
+    self._images = Path(images)
+    if not self._images.is_dir():
+      raise InputError(
+        f"image folder {images} does not exist; give the folder that the column {config.image!r} refers to"
+      )
+    self._header, self._rows = read_csv(csv_path)
+    self._config = config
+    if config.resize not in ("pad", "crop"):
+      raise InputError(f"config.resize {config.resize!r}: choose 'pad' or 'crop'")
+    if config.size < 1 or config.text.max_words < 1:
+      raise InputError("config.size and config.text.max_words must be positive")
+    self._unknown = frozenset({"", *(value.casefold() for value in config.unknown)})
+    self._columns = [dict(entry) for entry in config.attributes]
+    self.schema = Schema(tuple(_attribute(entry) for entry in self._columns))
+    self._parts = [(part, [f for _, f, _, _ in string.Formatter().parse(part) if f]) for part in config.text.parts]
+    self._replace = [(_pattern(pattern), replacement) for pattern, replacement in config.text.replace]
+    self._text_columns = sorted({column for _, columns in self._parts for column in columns})
+    needed = [config.image, config.patient, *(entry["column"] for entry in self._columns)]
+    needed += [*self._text_columns, *config.findings.columns, *config.attribution]
+    for name in needed:
+      if name not in self._header:
+        raise InputError(f"{csv_path} has no column {name!r}, which the config uses{nearest(name, self._header)}")
+    self.rejected: list[dict[str, Any]] = []
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __iter__(self) -> Iterator[dict[str, Any]]:
+    """Examples in table order. `row` counts as a spreadsheet does: the header is row 1."""
+    self.rejected.clear()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+      for start in range(0, len(self._rows), _BATCH):
+        numbered = enumerate(self._rows[start : start + _BATCH], start=start + FIRST_ROW)
+        for result in pool.map(lambda pair: self._read(*pair), numbered):
+          if "reason" in result:
+            self.rejected.append(result)
+          else:
+            yield result
+        if sys.stderr.isatty():
+          done = min(start + _BATCH, len(self._rows))
+          print(f"\r{done} of {len(self._rows)} rows", end="" if done < len(self._rows) else "\n", file=sys.stderr)
+
+  def _read(self, number: int, cells: Sequence[str]) -> dict[str, Any]:
+    row = {name: cell.strip() for name, cell in zip(self._header, cells)}
+    file = row.get(self._config.image, "")
+    try:
+      if len(cells) != len(self._header):
+        raise _RowError(f"wrong number of columns: {len(cells)} instead of {len(self._header)}")
+      if not row[self._config.patient]:
+        raise _RowError(f"no patient id: column {self._config.patient} is empty")
+      return {
+        "key": file,
+        "patient": row[self._config.patient],
+        "attributes": {e["name"]: self._encode(e, row) for e in self._columns},
+        "image": self._image(file),
+        "text": self._text(row),
+        "findings": self._findings(row),
+        "factors": {},
+        "attribution": {name: row[name] for name in self._config.attribution},
+        "file": file,
+        "row": number,
+      }
+    except _RowError as error:
+      return {"file": file, "row": number, "reason": str(error)}
+
+  def _is_unknown(self, value: str) -> bool:
+    return value.casefold() in self._unknown
+
+  def _encode(self, entry: Mapping[str, Any], row: Mapping[str, str]) -> int | float:
+    attribute, raw = self.schema[entry["name"]], row[entry["column"]]
+    if self._is_unknown(raw):
+      return attribute.unknown
+    mapping = entry.get("mapping")
+    if mapping and raw not in mapping:
+      raise _RowError(f"bad attribute value: {attribute.name} {raw!r} is not one of {', '.join(mapping)}")
+    try:
+      return attribute.encode(mapping[raw] if mapping else raw)
+    except ValueError as error:
+      raise _RowError(f"bad attribute value: {error}") from None
+
+  def _image(self, file: str) -> bytes:
+    if not file:
+      raise _RowError(f"no image file: column {self._config.image} is empty")
+    if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
+      raise _RowError(f"path outside the image folder: {file}")
+    path = self._images / file
+    if not path.is_file():
+      raise _RowError(f"missing image file: {path}")
+    try:
+      return encode_image(path, self._config.size, self._config.resize)
+    except _IMAGE_ERRORS as error:
+      raise _RowError(f"unreadable image: {' '.join(str(error).split())}") from None
+
+  def _text(self, row: Mapping[str, str]) -> str:
+    clean = {name: "" if self._is_unknown(row[name]) else self._clean(row[name]) for name in self._text_columns}
+    text = " ".join(part.format_map(clean) for part, columns in self._parts if all(clean[c] for c in columns))
+    # What the replacements leave behind: blanks before a full stop, lone punctuation, repeated full stops.
+    text = re.sub(r"\s+([.,;:])", r"\1", " ".join(text.split()))
+    text = re.sub(r"(?:^|(?<=[.,;:]))\s*[.,;:]+", "", text).strip()
+    text = re.sub(r"(^|\. )([a-z])", lambda start: start[1] + start[2].upper(), text)
+    return " ".join(text.split()[: self._config.text.max_words]).rstrip(",;:")
+
+  def _clean(self, value: str) -> str:
+    for pattern, replacement in self._replace:
+      value = pattern.sub(replacement, value)
+    return value.strip()
+
+  def _findings(self, row: Mapping[str, str]) -> dict[str, str]:
+    values = [row[name] for name in self._config.findings.columns if not self._is_unknown(row[name])]
+    names = [name.strip() for value in values for name in value.split(self._config.findings.separator)]
+    return {name: "positive" for name in names if name and not self._is_unknown(name)}
+
+
+def _attribute(entry: Mapping[str, Any]) -> Attribute:
+  fields = {key: value for key, value in entry.items() if key not in ("column", "mapping")}
+  if "column" not in entry:
+    raise InputError(f"config.attributes: {entry.get('name', entry)} names no column")
+  try:
+    attribute = Attribute(**fields)
+  except TypeError as error:
+    raise InputError(f"config.attributes: {entry.get('name', entry)}: {error}") from None
+  for value in attribute.values:
+    if not attribute.is_known(attribute.encode(value)):
+      raise InputError(f"config.attributes: {attribute.name}: {value!r} means unknown and cannot be a value; rename it")
+  for raw, value in dict(entry.get("mapping", {})).items():
+    try:
+      attribute.encode(value)
+    except ValueError as error:
+      raise InputError(f"config.attributes: {attribute.name}: mapping of {raw!r}: {error}") from None
+  return attribute
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern:
+  try:
+    return re.compile(text, re.IGNORECASE)
+  except re.error as error:
+    raise InputError(f"config.text.replace: {text!r} is not a regular expression ({error})") from None
+
+
+def main(argv: list[str]) -> None:
+  parser = cli.parser("python -m data_prep.table", "Turns a CSV and a folder of images into a data set.")
+  parser.add_argument("--csv", required=True, help="table with one row an image")
+  parser.add_argument("--images", required=True, help="folder that the image column refers to")
+  parser.add_argument(
+    "--config", required=True, help="e.g. configs/data/chest_xray.py; keys change by --config.KEY=VALUE"
+  )
+  dataset.add_arguments(parser)
+  args, overrides = parser.parse_known_args(argv)
+  config = load_config(args.config, overrides)
+  reader = TableReader(args.csv, args.images, config)
+  dataset.write_dataset(
+    name=config.name,
+    schema=reader.schema,
+    examples=reader,
+    description=config.description,
+    size=config.size,
+    command=dataset.command_line("python -m data_prep.table", argv),
+    rejected=reader.rejected,
+    **dataset.options(args, reader.schema),
+  )
+
+
+if __name__ == "__main__":
+  sys.exit(cli.run(main, "python -m data_prep.table"))

@@ -1,0 +1,371 @@
+"""The exported diffusers directory: loaded by diffusers itself, called as a user calls it, compared with JAX."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.hcn import HCN, HCNConfig
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.data.prompts import format_prompt
+from compdiff_jax.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.diffusion.samplers import ddim_sample
+from compdiff_jax.diffusion.schedule import NoiseSchedule
+from compdiff_jax.interop import keys, weights
+from compdiff_jax.interop.export_directory import write_export
+from compdiff_jax.interop.torch_files.conditioner import HierarchicalConditioner
+from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from compdiff_jax.models.functional import Functional
+from compdiff_jax.models.unet import UNet2DCondition, UNetConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+
+SCHEMA = Schema(
+  (
+    Attribute("age", "continuous", low=0, high=100, bins=(18, 40, 60, 80), unit="year"),
+    Attribute("sex", "categorical", values=("male", "female")),
+    Attribute("race", "categorical", values=("white", "black", "asian", "hispanic")),
+  )
+)
+UNET = UNetConfig(
+  sample_size=8,
+  down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+  up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+  block_out_channels=(16, 32),
+  layers_per_block=1,
+  norm_num_groups=8,
+  cross_attention_dim=24,
+  attention_head_dim=(2, 4),
+  use_linear_projection=True,
+)
+VAE = VAEConfig(
+  down_block_types=("DownEncoderBlock2D",) * 2,
+  up_block_types=("UpDecoderBlock2D",) * 2,
+  block_out_channels=(8, 16),
+  norm_num_groups=4,
+  sample_size=16,
+)
+TEXT = CLIPTextConfig(
+  vocab_size=SMALLEST_VOCABULARY,
+  hidden_size=24,
+  intermediate_size=48,
+  num_hidden_layers=2,
+  num_attention_heads=2,
+  hidden_act="gelu",
+  bos_token_id=SMALLEST_VOCABULARY - 2,
+  eos_token_id=SMALLEST_VOCABULARY - 1,
+  pad_token_id=SMALLEST_VOCABULARY - 1,
+)
+# The default of this project; and what the reference released: sex and race in one token, age in the prompt, no nulls.
+VARIANTS = {
+  "nulls": (HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8), ()),
+  "released": (HCNConfig(("sex", "race"), d_node=16, d_ctx=24, aux_hidden_dim=0, learned_nulls=False), ("age",)),
+}
+SCHEDULE = NoiseSchedule()
+TEXTS = ["Effusion left.", "No finding.", "Large heart."]
+
+
+def random_params(model: Functional, seed: int) -> dict[str, jax.Array]:
+  """Weights that keep activations near one, with wide biases, norms, embeddings and nulls; nothing is compiled."""
+  rng = np.random.default_rng(seed)
+  params = {}
+  for name, leaf in model.shapes.items():
+    fan_in = math.prod(leaf.shape[:-1]) if name.endswith("kernel") else 4
+    mean = 1 if name.endswith("scale") else 0
+    params[name] = jnp.asarray(rng.normal(mean, fan_in**-0.5, leaf.shape), jnp.float32)
+  return params
+
+
+unet = Functional(lambda rngs: UNet2DCondition(UNET, rngs=rngs))
+vae = Functional(lambda rngs: AutoencoderKL(VAE, rngs=rngs))
+text_encoder = Functional(lambda rngs: CLIPTextModel(TEXT, rngs=rngs))
+UNET_PARAMS, TEXT_PARAMS, VAE_PARAMS = random_params(unet, 1), random_params(text_encoder, 2), random_params(vae, 3)
+
+
+def conditioner(config: HCNConfig) -> tuple[Functional, dict[str, jax.Array]]:
+  model = Functional(lambda rngs: HCN(config, SCHEMA, rngs=rngs))
+  rng = np.random.default_rng(4)
+  return model, {name: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32) for name, x in model.shapes.items()}
+
+
+def export(out, tokenizer_dir, variant: str, **changes):
+  config, prompt_attributes = VARIANTS[variant]
+  arguments = {
+    "unet_config": UNET,
+    "unet_params": UNET_PARAMS,
+    "vae_config": VAE,
+    "vae_params": VAE_PARAMS,
+    "text_config": TEXT,
+    "text_params": TEXT_PARAMS,
+    "tokenizer_dir": tokenizer_dir,
+    "scheduler_config": SCHEDULE.to_dict(),
+    "conditioner": (config, conditioner(config)[1], SCHEMA),
+    "prompt_attributes": prompt_attributes,
+    "card": {"name": "Toy", "text": "Effusion left.", "data": {"images": 12}, "recipe": {"steps": 3}},
+  }
+  return write_export(out, **(arguments | changes))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory):
+  directory = tmp_path_factory.mktemp("tokenizer")
+  train_tokenizer(TEXTS, directory, SMALLEST_VOCABULARY)
+  return directory
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer_dir):
+  root = tmp_path_factory.mktemp("exports")
+  return {variant: export(root / variant, tokenizer_dir, variant) for variant in VARIANTS}
+
+
+def load(directory, **options):
+  pipe = DiffusionPipeline.from_pretrained(directory, trust_remote_code=True, **options)
+  pipe.set_progress_bar_config(disable=True)
+  return pipe
+
+
+@pytest.fixture(scope="module")
+def pipes(exported):
+  return {variant: load(directory) for variant, directory in exported.items()}
+
+
+# Compiling takes longer than running here; without LLVM's expensive passes it takes half as long.
+@functools.partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
+def sample_jax(params, tokens, unconditional, ids, negative_ids, noise, scale):
+  unet_params, text_params = params
+  context = jnp.concatenate([text_encoder(text_params, ids), tokens], axis=1)
+  negative = jnp.concatenate([text_encoder(text_params, negative_ids), unconditional], axis=1)
+  predict = classifier_free_guidance(functools.partial(unet, unet_params), context, negative, scale)
+  return ddim_sample(predict, noise, SCHEDULE, num_steps=10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
+  """Attributes all set, one unknown, all unknown; classifier-free guidance with and without a negative prompt."""
+  config, prompt_attributes = VARIANTS[variant]
+  values = {"age": [64.0, None, None], "sex": ["female", "male", None], "race": ["asian", "black", None]}
+  encoded = {
+    name: np.asarray([SCHEMA[name].encode(value) for value in column], SCHEMA[name].dtype)
+    for name, column in values.items()
+  }
+  prompts = [
+    format_prompt(text, {name: encoded[name][i] for name in SCHEMA.names}, SCHEMA, prompt_attributes)
+    for i, text in enumerate(TEXTS)
+  ]
+  tokenizer = load_tokenizer(exported[variant] / "tokenizer")
+  model, params = conditioner(config)
+  tokens = jax.jit(model)(params, encoded).tokens
+  unconditional = jax.jit(model)(params, SCHEMA.unknown(3)).tokens
+  noise = np.random.default_rng(5).normal(size=[3, 8, 8, 4]).astype(np.float32)
+  latents = {}
+  for negative_prompt in (None, "blurred"):
+    negative_ids = tokenizer([negative_prompt or ""] * 3)
+    ours = sample_jax((UNET_PARAMS, TEXT_PARAMS), tokens, unconditional, tokenizer(prompts), negative_ids, noise, 4.0)
+    theirs = pipes[variant](
+      TEXTS,
+      negative_prompt=negative_prompt,
+      guidance_scale=4.0,
+      num_inference_steps=10,
+      latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)),
+      output_type="latent",
+      **values,
+    ).images
+    latents[negative_prompt] = theirs.numpy().transpose(0, 2, 3, 1)
+    difference = np.abs(latents[negative_prompt] - np.asarray(ours)).max()
+    assert difference <= 1e-3, difference
+  # The comparison means something: prompts, demographics and the negative prompt change the picture by far more.
+  assert np.abs(latents[None] - latents["blurred"]).max() > 0.05
+  plain = pipes[variant](
+    TEXTS,
+    guidance_scale=4.0,
+    num_inference_steps=10,
+    latents=torch.from_numpy(noise.transpose(0, 3, 1, 2)),
+    output_type="latent",
+  ).images.numpy()
+  change = np.abs(plain.transpose(0, 2, 3, 1) - latents[None]).max(axis=(1, 2, 3))
+  assert change[0] > 0.05 and change[1] > 0.05 and change[2] < 1e-4
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8),
+    HCNConfig(("sex", "race"), d_node=16, d_ctx=24, learned_nulls=False),
+    HCNConfig(("age",), d_node=16, d_ctx=24, use_uncertainty=False),
+  ],
+)
+def test_conditioner_equals_jax_with_wide_weights(config):
+  model, params = conditioner(config)
+  theirs = HierarchicalConditioner(schema=SCHEMA.to_json(), **config.to_dict()).eval()
+  state = keys.to_torch(params)
+  theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=True)
+  values = {
+    "age": [0, 17.99, "18", 39.9, 60, None, 100],
+    "sex": ["male", None, "female", "male", "female", None, "male"],
+    "race": ["white", "black", None, "hispanic", "asian", None, "white"],
+  }
+  if not config.learned_nulls:
+    values["race"][2], values["race"][1] = "asian", None
+  encoded = theirs.encode_batch(values, 7)
+  arrays = {name: np.asarray(encoded[name], SCHEMA[name].dtype) for name in encoded}
+  expected = {n: np.asarray([SCHEMA[n].encode(v) for v in values[n]], SCHEMA[n].dtype) for n in values}
+  for name in values:
+    np.testing.assert_array_equal(arrays[name], expected[name])
+  with torch.no_grad():
+    tokens = theirs(encoded)
+    unconditional = theirs(theirs.unknown(2))
+  np.testing.assert_allclose(tokens, jax.jit(model)(params, expected).tokens, atol=1e-4, rtol=1e-5)
+  ours = jax.jit(lambda params: model(params, 2, method="unconditional_tokens"))(params)
+  np.testing.assert_allclose(unconditional, ours, atol=1e-4, rtol=1e-5)
+
+
+def test_prompts_equal_jax():
+  names = ("age", "sex", "race")
+  theirs = HierarchicalConditioner(schema=SCHEMA.to_json(), d_node=4, d_ctx=4, prompt_attributes=names)
+  for values in ((54.4, 1, 0), (54.5, -1, 3), (math.nan, 0, 1), (math.nan, -1, -1)):
+    encoded = dict(zip(names, values))
+    assert theirs.format_prompt("Clear lungs.", encoded) == format_prompt("Clear lungs.", encoded, SCHEMA, names)
+
+
+def test_a_user_calls_it(pipes):
+  pipe = pipes["nulls"]
+
+  def call(*args, seed=0, **options):
+    seeds = seed if isinstance(seed, list) else [seed]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(*args, num_inference_steps=2, generator=generators, output_type="np", **options).images
+
+  one = call("Effusion left.", age=64, sex="female", race="asian")
+  assert one.shape == (1, 16, 16, 3) and 0 <= one.min() < one.max() <= 1
+  # One text and lists of attributes: a batch, each image as if it were alone.
+  three = call(
+    "Effusion left.", seed=[7, 0, 7], age=[20, 64, None], sex="female", race=np.asarray(["white", "asian", ""])
+  )
+  assert three.shape == (3, 16, 16, 3)
+  np.testing.assert_allclose(three[1], one[0], atol=1e-3)
+  assert np.abs(three[0] - three[2]).max() > 0.01
+  # Left out, None and a table's spelling of unknown are the same.
+  unknown = [call("Effusion left.", sex="male", **more) for more in ({}, {"age": None, "race": "unknown"})]
+  np.testing.assert_array_equal(*unknown)
+  assert np.abs(unknown[0] - call("Effusion left.")).max() > 0.01
+  # Options of Stable Diffusion, and no guidance at all.
+  assert call("x", seed=[1, 2], age=5, num_images_per_prompt=2, height=24, width=16).shape == (2, 24, 16, 3)
+  assert call("x", age=5, guidance_scale=1.0).shape == (1, 16, 16, 3)
+  pil = pipe("x", age=torch.tensor(5.0), num_inference_steps=1).images[0]
+  assert pil.size == (16, 16)
+
+
+def test_a_swapped_scheduler(pipes):
+  pipe = pipes["nulls"]
+  original = pipe.scheduler
+  assert isinstance(original, DDIMScheduler) and not original.config.clip_sample
+  try:
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(original.config)
+    image = pipe("x", sex="male", num_inference_steps=3, output_type="np").images
+  finally:
+    pipe.scheduler = original
+  assert image.shape == (1, 16, 16, 3) and np.isfinite(image).all()
+
+
+@pytest.mark.parametrize(
+  "variant, options, message",
+  [
+    ("nulls", {"sex": "Male"}, "sex='Male' is not accepted: give one of male, female, or None"),
+    ("nulls", {"sex": 1}, "sex=1 is not accepted"),
+    ("nulls", {"age": -1}, "age=-1 is not accepted: give a number from 0 to 100 year"),
+    ("nulls", {"age": 101}, "age=101"),
+    ("nulls", {"age": "old"}, "age='old'"),
+    ("nulls", {"age": True}, "age=True"),
+    ("nulls", {"race": ["white", "other"]}, "race='other' is not accepted: give one of white, black, asian"),
+    ("nulls", {"group": "A"}, "unknown attribute or option 'group'; this model's attributes are age, sex, race"),
+    ("nulls", {"prompt_embeds": None}, "unknown attribute or option 'prompt_embeds'"),
+    ("nulls", {"age": [20, 30], "sex": ["male"] * 3}, "lists of different lengths: age 2, sex 3"),
+    ("released", {"age": 20, "sex": "male"}, "no learned nulls: give race too, or leave all"),
+  ],
+)
+def test_refused_values(variant, options, message, pipes):
+  with pytest.raises(ValueError) as error:
+    pipes[variant]("x", num_inference_steps=1, **options)
+  assert message in str(error.value)
+
+
+def test_the_conditioner_cannot_be_lost(exported):
+  directory = exported["nulls"]
+  with pytest.raises(ValueError, match="trust_remote_code"):
+    DiffusionPipeline.from_pretrained(directory)
+  with pytest.raises(ValueError, match="trust_remote_code"):
+    StableDiffusionPipeline.from_pretrained(directory)
+
+
+def test_directory_contents(exported, pipes):
+  directory = exported["nulls"]
+  index = json.loads((directory / "model_index.json").read_text())
+  assert index["_class_name"] == ["pipeline", "CompDiffPipeline"]
+  assert index["conditioner"] == ["conditioner", "HierarchicalConditioner"]
+  config = json.loads((directory / "conditioner/config.json").read_text())
+  assert Schema.from_json(config["schema"]) == SCHEMA and config["attributes"] == ["age", "sex", "race"]
+  card = (directory / "README.md").read_text()
+  for part in ("| sex | male, female | tokens |", "| images | 12 |", "| steps | 3 |", "No metrics", "research only"):
+    assert part in card
+  assert "age enters" not in card and "0 to 100 year | prompt" in (exported["released"] / "README.md").read_text()
+  assert sorted(path.name for path in directory.parent.iterdir()) == ["nulls", "released"]
+  assert pipes["nulls"].dtype == torch.float32
+  for name in ("pipeline.py", "conditioner/conditioner.py"):
+    assert "compdiff_jax" not in (directory / name).read_text()
+
+
+def test_saved_again_by_torch(tmp_path, pipes):
+  pipes["nulls"].save_pretrained(tmp_path / "again")
+  again = load(tmp_path / "again")
+  options = {"age": 30, "race": "black", "num_inference_steps": 1, "output_type": "latent"}
+  images = [pipe("x", generator=torch.Generator().manual_seed(0), **options).images for pipe in (pipes["nulls"], again)]
+  assert torch.equal(*images)
+  with pytest.raises(ValueError, match="trust_remote_code"):
+    DiffusionPipeline.from_pretrained(tmp_path / "again")
+  with pytest.raises(ValueError, match="upload"):
+    again.save_pretrained(tmp_path / "hub", push_to_hub=True)
+
+
+def test_half_precision(tmp_path, tokenizer_dir):
+  directory = export(tmp_path / "half", tokenizer_dir, "nulls", dtype="float16")
+  model, params = conditioner(VARIANTS["nulls"][0])
+  stored = weights.load_component(directory / "conditioner", model)
+  for name, value in params.items():
+    np.testing.assert_array_equal(stored[name], value.astype(jnp.float16).astype(jnp.float32))
+  pipe = load(directory, dtype=torch.bfloat16)
+  image = pipe("x", age=59.9, sex="male", num_inference_steps=1, output_type="np").images
+  assert np.isfinite(image).all() and pipe.conditioner.dtype == torch.bfloat16
+
+
+def test_a_failed_export_leaves_nothing(tmp_path, tokenizer_dir):
+  class FullDisk(dict):
+    def items(self):
+      raise OSError(28, "No space left on device")
+
+  out = tmp_path / "out"
+  with pytest.raises(InputError, match=r"cannot write .*out: No space left on device"):
+    export(out, tokenizer_dir, "nulls", vae_params=FullDisk())
+  assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+  (out / "kept").touch()
+  with pytest.raises(InputError, match="not empty"):
+    export(out, tokenizer_dir, "nulls")
+  assert (out / "kept").exists()
+
+
+def test_refused_exports(tmp_path, tokenizer_dir):
+  with pytest.raises(InputError, match="no attribute 'agee'; did you mean 'age'"):
+    export(tmp_path / "a", tokenizer_dir, "nulls", prompt_attributes=("agee",))
+  with pytest.raises(InputError, match=r"neither vocab\.json nor tokenizer\.json"):
+    export(tmp_path / "b", tmp_path, "nulls")
+  config, params, _ = VARIANTS["nulls"][0], {}, SCHEMA
+  clash = Schema((Attribute("prompt", "categorical", values=("a", "b")), *SCHEMA))
+  with pytest.raises(InputError, match="'prompt' is also an argument of the torch pipeline"):
+    export(tmp_path / "c", tokenizer_dir, "nulls", conditioner=(config, params, clash))
