@@ -6,7 +6,9 @@ Exit status 0: success. 2: bad argument or bad input, said in one line on stderr
 import argparse
 import contextlib
 import difflib
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -76,3 +78,30 @@ def writing(path: str | Path):
     yield
   except OSError as error:
     raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def whole_directory(path: str | Path):
+  """A temporary sibling directory that becomes `path` when the block succeeds and vanishes when it fails.
+
+  Raises:
+    InputError: `path` is not new or empty, or cannot be written.
+  """
+  path = Path(path)
+  existed = path.exists()
+  new_directory(path)
+  directory = None
+  try:
+    with writing(path):
+      directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+      directory.chmod(path.stat().st_mode & 0o777)  # mkdtemp's own mode is private
+    yield directory
+    with writing(path):
+      directory.replace(path)
+  except BaseException:
+    if directory is not None:
+      shutil.rmtree(directory, ignore_errors=True)
+    if not existed:
+      with contextlib.suppress(OSError):
+        path.rmdir()
+    raise

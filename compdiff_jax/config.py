@@ -30,7 +30,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     key = override.split("=")[0].removeprefix("--config.")
     if key not in known:
       raise InputError(f"{path} has no config key {key!r}{nearest(key, known)}")
-  return _parse(path, overrides)
+  # The last value of a key counts; the flag library would join repeated tuples.
+  return _parse(path, list({override.split("=")[0]: override for override in overrides}.values()))
 
 
 def _parse(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     raise cli.InputError("--extractors is empty; give at least radiomics")
   extractors = [features.extractor(name) for name in names]
 
-  with report.whole_directory(args.out) as directory:
+  with cli.whole_directory(args.out) as directory:
     # ---- Image sets
     clock = _Clock()
     pictures = {}

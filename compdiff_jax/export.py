@@ -1,5 +1,6 @@
 """`compdiff export`: a trained run as a diffusers directory, for `DiffusionPipeline.from_pretrained`."""
 
+import dataclasses
 from pathlib import Path
 
 from compdiff_jax import cli
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> None:
   model, config = run.model, run.config
   write_export(
     args.out,
-    unet_config=model.unet_config,
+    # The torch pipeline takes its default image size from here.
+    unet_config=dataclasses.replace(model.unet_config, sample_size=model.latent_shape[0]),
     unet_params=params["unet"],
     vae_config=model.vae_config,
     vae_params=params["vae"],

@@ -1,6 +1,7 @@
 """Metrics of a run: `metrics.jsonl` always, TensorBoard through CLU where TensorFlow is installed, and progress."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ class MetricWriter:
 
 def _tensorboard_writer(logdir: Path):
   """CLU's summary writer, or None without TensorFlow: that costs the feature, not the run."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on import
   try:
     from clu import metric_writers
   except ImportError:

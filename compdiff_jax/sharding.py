@@ -50,7 +50,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 
 def parameter_spec(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
-  """The first rule whose regex matches the whole name wins; else the largest axis divisible by fsdp; else replicated."""
+  """The first rule whose regex matches the whole name; else the largest axis divisible by fsdp; else replicated."""
   for pattern, axes in rules:
     if re.fullmatch(pattern, name):
       spec = PartitionSpec(*axes)

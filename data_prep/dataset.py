@@ -5,23 +5,20 @@ written into a temporary sibling and renamed at the end, so a directory with the
 """
 
 import argparse
-import contextlib
 import csv
 import hashlib
 import itertools
 import json
 import re
 import shlex
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from compdiff_jax.cli import InputError, new_directory, writing
+from compdiff_jax.cli import InputError, whole_directory, writing
 from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import SPLITS, write_description, write_split
 from data_prep import card
@@ -168,29 +165,6 @@ def write_dataset(
   counts = {split: len(members) for split, members in splits.items()}
   _report(out, splits, rejected, holdout)
   return counts
-
-
-@contextlib.contextmanager
-def whole_directory(out: str | Path) -> Iterator[Path]:
-  """A temporary sibling of `out` that becomes `out` when the block succeeds and vanishes when it fails."""
-  out = Path(out)
-  existed = out.exists()
-  new_directory(out)
-  directory = None
-  try:
-    with writing(out):
-      directory = Path(tempfile.mkdtemp(prefix=f"{out.name}.partial-", dir=out.absolute().parent))
-      directory.chmod(out.stat().st_mode & 0o777)
-    yield directory
-    with writing(out):
-      directory.replace(out)
-  except BaseException:
-    if directory is not None:
-      shutil.rmtree(directory, ignore_errors=True)
-    if not existed:
-      with contextlib.suppress(OSError):
-        out.rmdir()
-    raise
 
 
 def _collect(

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from compdiff_jax import cli
 from compdiff_jax.data.records import RecordSet
 from compdiff_jax.data.tokenizer import train_tokenizer
-from data_prep.dataset import whole_directory
 
 # So often each attribute word counts, so that it becomes few tokens although the texts avoid it.
 _ATTRIBUTE_WEIGHT = 10
@@ -35,7 +34,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--size", type=int, default=1000, help="largest number of tokens")
   args = parser.parse_args(argv)
   records = RecordSet(args.data)
-  with whole_directory(args.out) as directory:
+  with cli.whole_directory(args.out) as directory:
     tokenizer = train_tokenizer(training_texts(records), directory, args.size)
   print(f"{args.out}: {tokenizer.vocab_size} tokens from {records.splits['train']} texts")
 

@@ -75,7 +75,7 @@ def test_layer_norm_epsilon_equals_transformers(eps):
   """Embeddings so faint that the variance under the first norms is about the epsilon."""
   fields = {**TINY, "layer_norm_eps": eps}
   model, functional = _torch_model(fields), _functional(fields)
-  torch_parity.make_faint(model)
+  torch_parity.make_faint(model, "")
   with torch.no_grad():
     for name, parameter in model.named_parameters():
       if "embedding" in name:

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from compdiff_jax.cli import InputError
 from compdiff_jax.models import Functional, UNet2DCondition, UNetConfig
 from compdiff_jax.models.attention import attention
+from compdiff_jax.models.layers import GroupNorm, LayerNorm
 from compdiff_jax.models.unet_blocks import resize_nearest
 
 CONFIGS = {
@@ -92,14 +93,7 @@ def _torch_call(model, sample, timesteps, context) -> torch.Tensor:
 
 @pytest.mark.parametrize(
   ("name", "height", "width", "tokens"),
-  [
-    ("sd1", 8, 8, 77),
-    ("sd1", 9, 7, 81),
-    ("sd2", 8, 12, 81),
-    ("sd2", 11, 6, 77),
-    ("options", 8, 6, 5),
-    ("options", 9, 5, 1),
-  ],
+  [("sd1", 9, 7, 77), ("sd2", 11, 6, 81), ("options", 9, 5, 1)],
 )
 def test_prediction_equals_diffusers(name, height, width, tokens):
   model, functional = _pair(name)
@@ -111,10 +105,14 @@ def test_prediction_equals_diffusers(name, height, width, tokens):
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sd1", "options"])
-def test_norm_epsilons_equal_diffusers(name):
+@pytest.mark.parametrize(
+  ("name", "faint"),
+  # All maps but the last for the group norms; those before the transformer blocks for the layer norms.
+  [("sd1", "(?<!conv_out)$"), ("options", "(?<!conv_out)$"), ("sd1", "proj_in$")],
+)
+def test_norm_epsilons_equal_diffusers(name, faint):
   model, functional = _pair(name)
-  torch_parity.make_faint(model)
+  torch_parity.make_faint(model, faint)
   inputs = _inputs(name, 8, 8, 7)
   ours = jax.jit(functional)(torch_parity.params_of(model, functional), *inputs)
   with torch.no_grad():
@@ -157,10 +155,12 @@ def test_bfloat16_compute_keeps_float32_parameters():
   half = Functional(lambda rngs: UNet2DCondition(config, jnp.bfloat16, rngs=rngs))
   assert half.shapes == functional.shapes
   assert {spec.dtype for spec in half.shapes.values()} == {jnp.dtype(jnp.float32)}
-  params, inputs = torch_parity.params_of(model, functional), _inputs("sd1", 8, 8, 5)
-  exact, rounded = jax.jit(functional)(params, *inputs), jax.jit(half)(params, *inputs)
-  assert rounded.dtype == jnp.bfloat16
-  assert jnp.linalg.norm(rounded - exact) < 0.05 * jnp.linalg.norm(exact)
+  inputs = _inputs("sd1", 8, 8, 5)
+  ours = jax.jit(half)(torch_parity.params_of(model, functional), *inputs)
+  with torch.no_grad():
+    theirs = torch_parity.nhwc(_torch_call(model, *inputs))
+  assert ours.dtype == jnp.bfloat16
+  assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +178,11 @@ def test_full_size(fields, count):
 
 
 def test_initialization_is_torch_default():
-  config = UNetConfig.from_dict(CONFIGS["sd1"])
+  fields = {**CONFIGS["sd1"], "layers_per_block": 1}
+  config = UNetConfig.from_dict(fields)
   functional = Functional(lambda rngs: UNet2DCondition(config, rngs=rngs))
   params = functional.init(jax.random.key(0))
-  reference = torch_parity.params_of(UNet2DConditionModel(**CONFIGS["sd1"]), functional)
+  reference = torch_parity.params_of(UNet2DConditionModel(**fields), functional)
   assert list(params) == list(functional.shapes)
   for key, expected in reference.items():
     if expected.size > 500:
@@ -259,6 +260,17 @@ def test_attention_scores_are_float32():
   value = jnp.stack([jnp.zeros(64), jnp.ones(64)]).astype(jnp.bfloat16)[None, :, None]
   expected = scipy.special.expit(16 * 0.25 / 8)
   np.testing.assert_allclose(attention(query, key, value), expected, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norm_statistics_do_not_cancel(dtype):
+  """Values around 1,000 with a spread of about 1: E[x^2] - E[x]^2 in float32 loses all of it."""
+  x = jnp.asarray(1_000 + 4 * torch_parity.normal(0, 2, 6, 5, 8), dtype)
+  exact = torch.from_numpy(np.asarray(x, np.float64))
+  grouped = torch.nn.functional.group_norm(exact.permute(0, 3, 1, 2), 4).permute(0, 2, 3, 1)
+  # Only the input is rounded to bfloat16: statistics and output are compared in float32.
+  np.testing.assert_allclose(GroupNorm(4, 8, eps=1e-5)(x), grouped, rtol=0, atol=1e-3)
+  np.testing.assert_allclose(LayerNorm(8)(x), torch.nn.functional.layer_norm(exact, [8]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 9), (7, 10), (9, 11), (4, 5)])

@@ -1,6 +1,5 @@
 """The autoencoder against torch diffusers."""
 
-import copy
 import json
 import math
 
@@ -45,7 +44,7 @@ def _images(name: str, height: int, width: int) -> np.ndarray:
 
 
 def _assert_parity(name: str, model: TorchAutoencoderKL, functional: Functional, height: int, width: int):
-  """Moments, decoded latents and the whole round trip with a given noise agree within 1e-4."""
+  """The moments, and the round trip through latents drawn with a given noise, agree within 1e-4."""
   params, images = torch_parity.params_of(model, functional), _images(name, height, width)
   with torch.no_grad():
     posterior = model.encode(torch_parity.nchw(images)).latent_dist
@@ -57,26 +56,29 @@ def _assert_parity(name: str, model: TorchAutoencoderKL, functional: Functional,
   ours, our_moments = jax.jit(functional)(params, images, noise)
   np.testing.assert_allclose(our_moments, moments, rtol=0, atol=1e-4)
   np.testing.assert_allclose(ours, decoded, rtol=0, atol=1e-4)
-  again = jax.jit(lambda *args: functional(*args, method="decode"))(params, torch_parity.nhwc(latents))
-  np.testing.assert_allclose(again, decoded, rtol=0, atol=1e-4)
   return moments, decoded
 
 
-@pytest.mark.parametrize(
-  ("name", "height", "width"), [("sd", 16, 24), ("sd", 19, 13), ("plain", 9, 10), ("one level", 6, 5)]
-)
+@pytest.mark.parametrize(("name", "height", "width"), [("sd", 19, 13), ("plain", 9, 10), ("one level", 6, 5)])
 def test_round_trip_equals_diffusers(name, height, width):
   moments, decoded = _assert_parity(name, *_pair(name), height, width)
   assert moments.std() > 0.1
   assert decoded.std() > 0.1
 
 
+def test_decode_alone_equals_diffusers():
+  model, functional = _pair("one level")
+  latents = torch_parity.normal(1, 2, 5, 4, 4)
+  ours = jax.jit(lambda *args: functional(*args, method="decode"))(torch_parity.params_of(model, functional), latents)
+  with torch.no_grad():
+    theirs = torch_parity.nhwc(model.decode(torch_parity.nchw(latents)).sample)
+  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
 def test_norm_epsilons_equal_diffusers():
   model, functional = _pair("sd")
-  # Variances around 1e-6, the epsilon of every norm here. The 1x1 convolutions of the moments stay as they are.
-  quant = [copy.deepcopy(module) for module in (model.quant_conv, model.post_quant_conv)]
-  torch_parity.make_faint(model, 1e-3)
-  model.quant_conv, model.post_quant_conv = quant
+  # Variances around 1e-6, the epsilon of every norm here.
+  torch_parity.make_faint(model, r"(?<!conv_out)(?<!quant_conv)$", factor=1e-3)
   moments, decoded = _assert_parity("sd", model, functional, 8, 12)
   assert moments.std() > 0.1
   assert decoded.std() > 0.1
@@ -87,7 +89,7 @@ def test_log_variance_is_clamped():
   with torch.no_grad():
     model.quant_conv.bias[3:] += torch.tensor([-60.0, 0.0, 60.0])
   params, images = torch_parity.params_of(model, functional), _images("plain", 8, 8)
-  moments = functional(params, images, method="encode")
+  moments = jax.jit(lambda *args: functional(*args, method="encode"))(params, images)
   np.testing.assert_array_equal(moments[..., 3], -30)
   np.testing.assert_array_equal(moments[..., 5], 20)
   with torch.no_grad():

@@ -169,7 +169,7 @@ def test_a_parameter_in_two_spellings_is_refused(tmp_path):
   state = load_file(file)
   state["final_layer_norm.bias"] = state["text_model.final_layer_norm.bias"] + 1
   save_file(state, file)
-  with pytest.raises(InputError, match="1 unexpected: .*final_layer_norm.bias"):
+  with pytest.raises(InputError, match=r"1 unexpected: .*final_layer_norm\.bias"):
     weights.load_component(directory, functional)
 
 

@@ -1,5 +1,7 @@
 """What the parity tests share: torch models with telling random weights, and arrays in both layouts."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -20,11 +22,11 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
   return module.eval()
 
 
-def make_faint(module: torch.nn.Module, factor: float = 3e-3) -> torch.nn.Module:
-  """Shrinks all maps but the last, so that the variance under every norm is about its epsilon, which then counts."""
+def make_faint(module: torch.nn.Module, layers: str, factor: float = 3e-3) -> torch.nn.Module:
+  """Shrinks the maps whose name matches `layers`, so that the variance under a later norm is about its epsilon."""
   with torch.no_grad():
     for name, layer in module.named_modules():
-      if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not name.endswith("conv_out"):
+      if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and re.search(layers, name):
         for parameter in layer.parameters():
           parameter.mul_(factor)
   return module

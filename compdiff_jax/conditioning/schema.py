@@ -60,7 +60,7 @@ class Attribute:
       if not self.low < self.high:
         raise InputError(f"attribute {self.name}: needs low < high")
       edges = (self.low, *self.bins, self.high)
-      if any(a >= b for a, b in zip(edges, edges[1:])):
+      if any(a >= b for a, b in itertools.pairwise(edges)):
         raise InputError(f"attribute {self.name}: bins {list(self.bins)} must rise between low and high")
     else:
       raise InputError(f"attribute {self.name}: kind {self.kind!r} must be 'categorical' or 'continuous'")
@@ -75,7 +75,7 @@ class Attribute:
     if self.kind == "categorical":
       return self.values
     edges = [self.low, *self.bins]
-    closed = [f"{a:g}-{b:g}" for a, b in zip(edges, edges[1:])]
+    closed = [f"{a:g}-{b:g}" for a, b in itertools.pairwise(edges)]
     return (*closed, f"{edges[-1]:g}+")
 
   @property
@@ -178,6 +178,8 @@ class Schema:
     for part in text.split(","):
       name, _, level = (piece.strip() for piece in part.partition("="))
       names = self[name].level_names
+      if name in cell:
+        raise InputError(f"cell {text!r} names {name} twice")
       if level not in names:
         raise InputError(f"cell {text!r}: {name} has no level {level!r}{nearest(level, names)}")
       cell[name] = names.index(level)

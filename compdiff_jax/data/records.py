@@ -13,6 +13,7 @@ shards per split. Each record has
 """
 
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def write_split(
   template = tfds.core.ShardedFileTemplate(
     data_dir=str(directory), dataset_name=name, split=split, filetype_suffix=_FORMAT
   )
-  lengths = [b - a for a, b in zip(bounds, bounds[1:])]
+  lengths = [b - a for a, b in itertools.pairwise(bounds)]
   return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
 
 

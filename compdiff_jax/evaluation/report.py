@@ -1,16 +1,13 @@
 """Writes the report: `report.json`, `tables/*.csv` in long format and the self-contained `report.html`."""
 
-import contextlib
 import csv
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compdiff_jax.cli import new_directory, writing
+from compdiff_jax.cli import writing
 from compdiff_jax.evaluation import page
 from compdiff_jax.evaluation.image_sets import ImageSet
 
@@ -34,32 +31,6 @@ COLUMNS = (
   "status",
 )
 _DIGITS = 7
-
-
-@contextlib.contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-  """A temporary sibling of `out`, renamed to it when the block succeeds and removed when it fails.
-
-  Raises:
-    InputError: `out` is not new or empty, or cannot be written.
-  """
-  existed = out.exists()
-  new_directory(out)
-  directory = None
-  try:
-    with writing(out):
-      directory = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
-      directory.chmod(out.stat().st_mode & 0o777)
-    yield directory
-    with writing(out):
-      directory.replace(out)
-  except BaseException:
-    if directory is not None:
-      shutil.rmtree(directory, ignore_errors=True)
-    if not existed:
-      with contextlib.suppress(OSError):
-        out.rmdir()
-    raise
 
 
 def write(

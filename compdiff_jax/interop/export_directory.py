@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compdiff_jax.cli import InputError, new_directory, writing
+from compdiff_jax.cli import InputError, whole_directory, writing
 from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.interop.model_card import model_card
@@ -101,40 +101,31 @@ def write_export(
   config, conditioner_params, schema = conditioner
   tokenizer_dir = Path(tokenizer_dir)
   _check(schema, prompt_attributes, tokenizer_dir)
-  out = new_directory(out).resolve()
-  partial = out.parent / f".{out.name}.partial"
-  with writing(out):
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted export left
-    partial.mkdir()
-    try:
-      used = schema.subset(config.attributes or schema.names).names
-      conditioner_config = {
-        "schema": schema.to_json(),
-        **config.to_dict(),
-        "attributes": list(used),
-        "prompt_attributes": list(prompt_attributes),
-      }
-      components = {
-        "unet": (unet_config.to_dict(), unet_params, "UNet2DConditionModel"),
-        "vae": (vae_config.to_dict(), vae_params, "AutoencoderKL"),
-        "text_encoder": ({"model_type": "clip_text_model", **text_config.to_dict()}, text_params, "CLIPTextModel"),
-        "conditioner": (conditioner_config, conditioner_params, "HierarchicalConditioner"),
-      }
-      for name, (component_config, params, class_name) in components.items():
-        save_component(partial / name, component_config, params, class_name, dtype)
-      shutil.copytree(tokenizer_dir, partial / "tokenizer")
-      (partial / "scheduler").mkdir()
-      scheduler = {"_class_name": "DDIMScheduler", "_diffusers_version": _DIFFUSERS_VERSION}
-      # The fields that a NoiseSchedule leaves to the sampler; DDIM's own default would clip latents to [-1, 1].
-      scheduler |= {"clip_sample": False, "timestep_spacing": "leading", **scheduler_config}
-      _write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
-      shutil.copyfile(_TORCH_FILES / "conditioner.py", partial / "conditioner" / "conditioner.py")
-      shutil.copyfile(_TORCH_FILES / "pipeline.py", partial / "pipeline.py")
-      text = model_card(card, schema, used, prompt_attributes, config.learned_nulls)
-      (partial / "README.md").write_text(text)
-      _write_json(partial / "model_index.json", _model_index())
-      partial.rename(out)
-    except BaseException:
-      shutil.rmtree(partial, ignore_errors=True)
-      raise
-  return out
+  with whole_directory(out) as directory, writing(out):
+    used = schema.subset(config.attributes or schema.names).names
+    conditioner_config = {
+      "schema": schema.to_json(),
+      **config.to_dict(),
+      "attributes": list(used),
+      "prompt_attributes": list(prompt_attributes),
+    }
+    components = {
+      "unet": (unet_config.to_dict(), unet_params, "UNet2DConditionModel"),
+      "vae": (vae_config.to_dict(), vae_params, "AutoencoderKL"),
+      "text_encoder": ({"model_type": "clip_text_model", **text_config.to_dict()}, text_params, "CLIPTextModel"),
+      "conditioner": (conditioner_config, conditioner_params, "HierarchicalConditioner"),
+    }
+    for name, (component_config, params, class_name) in components.items():
+      save_component(directory / name, component_config, params, class_name, dtype)
+    shutil.copytree(tokenizer_dir, directory / "tokenizer")
+    (directory / "scheduler").mkdir()
+    scheduler = {"_class_name": "DDIMScheduler", "_diffusers_version": _DIFFUSERS_VERSION}
+    # The fields that a NoiseSchedule leaves to the sampler; DDIM's own default would clip latents to [-1, 1].
+    scheduler |= {"clip_sample": False, "timestep_spacing": "leading", **scheduler_config}
+    _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+    shutil.copyfile(_TORCH_FILES / "conditioner.py", directory / "conditioner" / "conditioner.py")
+    shutil.copyfile(_TORCH_FILES / "pipeline.py", directory / "pipeline.py")
+    text = model_card(card, schema, used, prompt_attributes, config.learned_nulls)
+    (directory / "README.md").write_text(text)
+    _write_json(directory / "model_index.json", _model_index())
+  return Path(out)

@@ -1,0 +1,172 @@
+"""The jitted step on eight fake devices: sharding, accumulation and masking leave the losses as they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import config_arguments
+
+from compdiff_jax import sharding
+from compdiff_jax.cli import InputError
+from compdiff_jax.config import load_config
+from compdiff_jax.data.records import RecordSet
+from compdiff_jax.data.tokenizer import load_tokenizer
+from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from compdiff_jax.training.state import TrainState
+from compdiff_jax.training.step import make_train_step, sample_keys
+
+_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def setting(workspace):
+  path, *overrides = config_arguments(workspace)
+  config = load_config(path.removeprefix("--config="), [*overrides, "--config.train.batch_size=16"])
+  record_set = RecordSet(config.data.path)
+  model = LatentDiffusion.from_config(config, record_set.schema)
+  tokenizer = load_tokenizer(config.weights.tokenizer)
+  source = record_set.split("train")
+  records = [source[i] for i in range(16)]
+  from compdiff_jax.data.records import decode_image
+
+  batch = {
+    "images": np.stack([decode_image(r["image"], 32) for r in records]),
+    "input_ids": tokenizer([r["text"] for r in records]),
+    "attributes": {a.name: np.asarray([r["attributes"][a.name] for r in records], a.dtype) for a in record_set.schema},
+  }
+  batch["attributes"]["sex"][:5] = -1  # unknowns, unevenly over devices and micro-batches
+  return config, model, tokenizer, batch
+
+
+def _curve(setting, mesh_sizes, devices, accumulation=1, rules=()):
+  """Losses of a few steps and the parameters after them."""
+  config, model, tokenizer, batch = setting
+  config = config.copy_and_resolve_references()
+  config.train.accumulation = accumulation
+  mesh = sharding.make_mesh(mesh_sizes, jax.devices()[:devices])
+  optimizer = make_optimizer(config.train)
+  params = model.initial_params(jax.random.key(0), config.weights)
+  abstract = jax.eval_shape(lambda p: TrainState.create(p, optimizer), params)
+  shardings = sharding.tree_shardings(abstract, rules, mesh)
+  state = jax.device_put(TrainState.create(params, optimizer), shardings)
+  frozen = jax.device_put(model.load_frozen(config.weights), sharding.replicated(mesh))
+  step = jax.jit(
+    make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids)),
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+  rows = []
+  for _ in range(_STEPS):
+    state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+    rows.append({name: float(value) for name, value in metrics.items()})
+  return rows, jax.tree.map(np.asarray, state.params), state
+
+
+@pytest.fixture(scope="module")
+def reference(setting):
+  return _curve(setting, {"data": 1, "fsdp": 1, "tensor": 1}, devices=1)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "devices", "accumulation"),
+  [
+    ({"data": 8, "fsdp": 1, "tensor": 1}, 8, 1),
+    ({"data": 2, "fsdp": 4, "tensor": 1}, 8, 1),
+    ({"data": 1, "fsdp": 1, "tensor": 1}, 1, 4),
+    ({"data": 2, "fsdp": 2, "tensor": 1}, 4, 2),
+  ],
+)
+def test_same_losses_on_every_mesh_and_accumulation(setting, reference, mesh, devices, accumulation):
+  rows, params, _ = _curve(setting, mesh, devices, accumulation)
+  for ours, theirs in zip(rows, reference[0]):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+      assert value == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
+  difference = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, reference[1])
+  # Adam divides by the gradient's size, so rounding in a gradient near zero moves a weight by up to the step size.
+  assert max(jax.tree.leaves(difference)) < 2 * _STEPS * 1e-3
+
+
+def test_fsdp_really_shards_parameters_moments_and_ema(setting):
+  _, _, state = _curve(setting, {"data": 2, "fsdp": 4, "tensor": 1}, 8)
+  name = "down_blocks.0.resnets.0.conv1.kernel"
+  moments = next(
+    part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu")
+  )
+  for tree in (state.params, state.ema, moments.mu, moments.nu):
+    leaf = tree["unet"][name]
+    assert leaf.addressable_shards[0].data.size * 4 == leaf.size
+
+
+def test_a_rule_wins_over_the_default(setting):
+  rules = (("unet\\..*to_q\\.kernel", (None, "tensor")),)
+  mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+  _, _, state = _curve(setting, mesh, 8, rules=rules)
+  name = next(name for name in state.params["unet"] if name.endswith("to_q.kernel"))
+  assert state.params["unet"][name].sharding.spec == jax.P(None, "tensor")
+
+
+def test_rule_that_does_not_divide_is_refused():
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+  with pytest.raises(InputError, match="not divisible by fsdp"):
+    sharding.parameter_spec("unet.conv_in.kernel", (3, 3, 4, 20), ((".*", (None, None, None, "fsdp")),), mesh)
+
+
+def test_sample_keys_do_not_depend_on_the_batch_size_but_on_seed_and_step():
+  data = lambda keys: np.asarray(jax.random.key_data(keys["noise"]))  # noqa: E731
+  small, large = sample_keys(1, jnp.int32(5), 4), sample_keys(1, jnp.int32(5), 9)
+  np.testing.assert_array_equal(data(small), data(large)[:4])
+  assert len({tuple(row) for row in data(large)}) == 9
+  assert not np.array_equal(data(small), data(sample_keys(2, jnp.int32(5), 4)))
+  assert not np.array_equal(data(small), data(sample_keys(1, jnp.int32(6), 4)))
+
+
+def test_unknown_attributes_do_not_reach_the_auxiliary_loss(setting, reference):
+  """Changing the value behind an unknown sex changes nothing; changing a known one does."""
+  config, model, tokenizer, batch = setting
+  other = {**batch, "attributes": {**batch["attributes"], "sex": batch["attributes"]["sex"].copy()}}
+  other["attributes"]["sex"][10] = 1 - other["attributes"]["sex"][10]
+  rows, _, _ = _curve((config, model, tokenizer, other), {"data": 1, "fsdp": 1, "tensor": 1}, 1)
+  assert rows[0]["aux_sex"] != reference[0][0]["aux_sex"]
+  everything_unknown = {
+    **batch,
+    "attributes": {k: np.full_like(v, model.schema[k].unknown) for k, v in batch["attributes"].items()},
+  }
+  rows, _, _ = _curve((config, model, tokenizer, everything_unknown), {"data": 1, "fsdp": 1, "tensor": 1}, 1)
+  assert rows[0]["aux_sex"] == rows[0]["aux_age"] == 0
+
+
+def test_total_loss_is_the_weighted_sum_of_its_terms(setting, reference):
+  config = setting[0]
+  for step, row in enumerate(reference[0]):
+    heads = [row[name] for name in row if name.startswith("aux_")]
+    expected = (
+      row["diffusion"]
+      + config.loss.kl * min(1, step / config.loss.kl_anneal_steps) * row["kl"]
+      + config.loss.composition * row["composition"]
+      + config.loss.auxiliary * np.mean(heads)
+    )
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero(setting):
+  config = setting[0].copy_and_resolve_references()
+  config.train.update(steps=100, warmup_steps=10, learning_rate=1e-3)
+  schedule = learning_rate_schedule(config.train)
+  assert [float(schedule(k)) for k in (0, 5, 10)] == pytest.approx([0, 5e-4, 1e-3])
+  assert float(schedule(55)) == pytest.approx(1e-3 * 0.5 * (1 + np.cos(np.pi * 45 / 90)))
+  assert float(schedule(100)) == pytest.approx(0, abs=1e-12) and float(schedule(1000)) == pytest.approx(0, abs=1e-12)
+
+
+def test_weight_decay_touches_kernels_only(setting):
+  """With a zero gradient AdamW moves exactly the decayed parameters."""
+  config, model, _, _ = setting
+  config = config.copy_and_resolve_references()
+  config.train.update(warmup_steps=0, weight_decay=0.5)
+  optimizer = make_optimizer(config.train)
+  params = model.initial_params(jax.random.key(0), config.weights)
+  updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+  for part, leaves in updates.items():
+    for name, update in leaves.items():
+      assert bool(jnp.any(update != 0)) == (name.endswith("kernel") and bool(jnp.any(params[part][name] != 0))), name

@@ -1,0 +1,211 @@
+"""`compdiff train`: resuming bit for bit, checkpoints, NaN, and what is refused."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from conftest import config_arguments
+
+from compdiff_jax import cli, train
+from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.metrics import read_metrics
+from compdiff_jax.workdir import open_run
+
+_STEPS = "--config.train.steps=24"
+# What depends on the clock.
+_TIMING = ("images_per_second", "data_wait_share")
+
+
+def _losses(workdir):
+  return [{k: v for k, v in row.items() if k not in _TIMING} for row in read_metrics(workdir)]
+
+
+def _final_parts(workdir):
+  _, params = open_run(workdir).load_params("raw")
+  _, ema = open_run(workdir).load_params("ema")
+  return {f"{kind}/{part}/{name}": np.asarray(value)
+          for kind, tree in (("raw", params), ("ema", ema))
+          for part, leaves in tree.items() for name, value in leaves.items()}  # fmt: skip
+
+
+def _finish(process):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  return out
+
+
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(workspace, command, tmp_path):
+  arguments = ["train", *config_arguments(workspace), _STEPS]
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  _finish(command("compdiff_jax", *arguments, f"--workdir={whole}"))
+
+  process = command("compdiff_jax", *arguments, f"--workdir={killed}")
+  deadline = time.monotonic() + 300
+  # Killed past a checkpoint, between two checkpoints, with rows in metrics.jsonl that the resumed run must repeat.
+  while not any(row["step"] >= 10 for row in read_metrics(killed)):
+    assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+    time.sleep(0.005)
+  process.send_signal(signal.SIGKILL)
+  process.wait()
+  process.stdout.close()
+  process.stderr.close()
+  with Checkpoints(killed / "checkpoints") as checkpoints:
+    assert checkpoints.steps and checkpoints.steps[-1] < 24
+
+  _finish(command("compdiff_jax", *arguments, f"--workdir={killed}"))
+  assert _losses(killed) == _losses(whole)
+  assert [row["step"] for row in _losses(whole)] == list(range(2, 25, 2))
+  ours, theirs = _final_parts(killed), _final_parts(whole)
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_run_writes_what_it_promises(trained):
+  rows = read_metrics(trained)
+  assert [row["step"] for row in rows] == [2, 4, 6, 8]
+  expected = {"loss", "diffusion", "kl", "composition", "aux_age", "acc_sex", "grad_norm", "learning_rate"}
+  assert expected <= rows[-1].keys()
+  assert rows[-1]["images"] == 8 * 8
+  assert list((trained / "tensorboard").glob("events.*")), "TensorFlow is a test requirement, so CLU must have written"
+  with Checkpoints(trained / "checkpoints") as checkpoints:
+    assert checkpoints.steps == [4, 8]
+  assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 8
+
+
+def test_sample_grids_appear_in_the_workdir(workspace, tmp_path):
+  extra = ["--config.train.steps=4", "--config.logging.sample_every=2", f"--workdir={tmp_path / 'run'}"]
+  train.main([*config_arguments(workspace), *extra])
+  assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
+    "step_000002.png",
+    "step_000004.png",
+  ]
+
+
+def test_ema_is_the_closed_form_average(workspace, tmp_path):
+  """With one step, ema = start + (1 - d)(params - start), d = min(decay, 1/10)."""
+  workdir = tmp_path / "run"
+  arguments = [*config_arguments(workspace), "--config.train.steps=1", "--config.train.warmup_steps=0"]
+  train.main([*arguments, f"--workdir={workdir}"])
+  run = open_run(workdir)
+  _, raw = run.load_params("raw")
+  _, ema = run.load_params("ema")
+  import jax
+
+  start = run.model.initial_params(jax.random.key(run.config.seed), run.config.weights)
+  moved = False
+  for part, leaves in start.items():
+    for name, value in leaves.items():
+      wanted = value + 0.9 * (raw[part][name] - value)
+      np.testing.assert_allclose(ema[part][name], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
+      moved |= bool(np.any(np.asarray(raw[part][name]) != np.asarray(value)))
+  assert moved
+
+
+def test_nan_stops_the_run_and_names_the_step(workspace, tmp_path, capsys):
+  # One warm-up step at an absurd rate: step 1 has rate 0, step 2 destroys the weights, step 3 sees it.
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", "--config.train.learning_rate=1e30"]
+  workdir = tmp_path / "run"
+  assert (
+    cli.run(train.main, "compdiff train", [*arguments, "--config.train.warmup_steps=1", f"--workdir={workdir}"]) == 1
+  )
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert message.startswith("compdiff train: failed:") and "at step 3" in message
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    assert checkpoints.steps == []
+
+
+def test_config_typo_names_the_nearest_key(workspace, tmp_path, fails):
+  message = fails(train.main, *config_arguments(workspace), "--config.train.learning_rat=1", f"--workdir={tmp_path}/r")
+  assert "'train.learning_rat'" in message and "did you mean 'train.learning_rate'" in message
+  assert "steps" in fails(
+    train.main, *config_arguments(workspace), "--config.train.steps=many", f"--workdir={tmp_path}/r"
+  )
+  assert not (tmp_path / "r").exists()
+
+
+def test_another_config_is_refused_and_nothing_is_touched(workspace, trained, fails):
+  before = (trained / "metrics.jsonl").read_bytes()
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={trained}"]
+  message = fails(train.main, *arguments, "--config.train.learning_rate=0.5")
+  assert "config.train.learning_rate: 0.001 -> 0.5" in message
+  assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_foreign_directory_is_refused(workspace, tmp_path, fails):
+  (tmp_path / "thesis.txt").write_text("mine")
+  message = fails(train.main, *config_arguments(workspace), f"--workdir={tmp_path}")
+  assert "not empty" in message
+  assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_checkpoint_cut_short_is_named(workspace, trained, tmp_path, fails):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  largest = max((workdir / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}"]
+  message = fails(train.main, *arguments)
+  assert str(workdir / "checkpoints" / "8") in message and "damaged" in message
+  # Moved away, as the message says, the run goes on from the one before.
+  shutil.rmtree(workdir / "checkpoints" / "8")
+  train.main(arguments)
+  assert _losses(workdir) == _losses(trained)
+
+
+def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  for marker in (workdir / "checkpoints" / "8").rglob("commit_success.txt"):
+    marker.unlink()
+  (workdir / "checkpoints" / "8").rename(workdir / "checkpoints" / "8.orbax-checkpoint-tmp")
+  with Checkpoints(workdir / "checkpoints") as checkpoints:
+    assert checkpoints.steps == [4]
+
+
+@pytest.mark.parametrize(
+  ("override", "words"),
+  [
+    ("--config.train.batch_size=7", "not divisible"),
+    ("--config.mesh.data=3", "does not divide 8 devices"),
+    ("--config.data.path=nowhere", "nowhere is not a prepared data set"),
+    ("--config.weights.vae=nowhere", "nowhere"),
+    ("--config.weights.vae=", "compdiff train-vae"),
+    ("--config.weights.tokenizer=nowhere", "vocab.json is missing"),
+    ("--config.data.image_size=64", "prepare larger"),
+    ("--config.data.image_size=30", "multiple of 4"),
+    ("--config.text_encoder.vocab_size=520", "set it to at least"),
+    ("--config.train_text_encoder=False", "a frozen text encoder needs weights"),
+    ("--config.conditioner.d_ctx=32", "must be equal"),
+    ("--config.conditioner.attributes=('age','height')", "height"),
+    ("--config.logging.checkpoint_every=5", "multiple of logging.log_every"),
+    ("--config.train.warmup_steps=9999", "must be smaller than train.steps"),
+    ("--config.scheduler.prediction_type=eps", "prediction_type"),
+  ],
+)
+def test_bad_values_are_refused_before_anything_is_written(workspace, tmp_path, fails, override, words):
+  message = fails(train.main, *config_arguments(workspace), override, f"--workdir={tmp_path / 'run'}")
+  assert words in message
+  assert not (tmp_path / "run").exists()
+
+
+def test_frozen_network_must_stay_the_same(workspace, trained, tmp_path, fails):
+  (trained_copy := tmp_path / "run").mkdir()
+  shutil.copytree(trained, trained_copy, dirs_exist_ok=True)
+  frozen = json.loads((trained_copy / "frozen.json").read_text())
+  (trained_copy / "frozen.json").write_text(json.dumps({**frozen, "vae": "0" * 64}))
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={trained_copy}"]
+  assert "frozen.vae" in fails(train.main, *arguments)
+  with pytest.raises(cli.InputError, match="content hash differs"):
+    open_run(trained_copy).load_params("ema")
+
+
+def test_dry_run_prints_and_writes_nothing(workspace, tmp_path, capsys):
+  train.main([*config_arguments(workspace), f"--workdir={tmp_path / 'run'}", "--dry_run"])
+  printed = capsys.readouterr()
+  assert json.loads(printed.out)["train"]["batch_size"] == 8
+  assert "MiB a device" in printed.err
+  assert not (tmp_path / "run").exists()
