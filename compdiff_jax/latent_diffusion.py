@@ -120,7 +120,7 @@ class LatentDiffusion:
         params[name] = load_component(weights[name], component)
       else:
         # A key of its own for each component: training one more does not change how the others start.
-        params[name] = jax.jit(component.init)(jax.random.fold_in(key, COMPONENTS.index(name)))
+        params[name] = component.init(jax.random.fold_in(key, COMPONENTS.index(name)))
     return params
 
   def encode(self, params: Params, images: jax.Array, noise: jax.Array) -> jax.Array:

@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     record_set, "train", batch_size=settings.batch_size, image_size=config.data.image_size, seed=config.seed
   )
   key = jax.random.key(config.seed)
-  params = load_component(settings.init, vae) if settings.init else jax.jit(vae.init)(key)
+  params = load_component(settings.init, vae) if settings.init else vae.init(key)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adam(optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, settings.steps)),

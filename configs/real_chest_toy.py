@@ -28,17 +28,17 @@ def get_config():
   config.conditioner.attributes = ("age", "sex", "view")
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
-  config.vae_training.steps = 2000
-  config.train.steps = 6000
-  config.train.batch_size = 32
-  config.train.learning_rate = 1e-3
+  config.vae_training.steps = 1200
+  config.train.steps = 5000
+  config.train.batch_size = 16
+  config.train.learning_rate = 5e-4
   config.train.warmup_steps = 200
   config.train.ema_decay = 0.999
   config.sample.num_steps = 50
   config.sample.guidance = 2.0
-  config.sample.batch_size = 30
-  config.sample.text = "COVID-19."
+  config.sample.batch_size = 24
+  config.sample.text = "Chest X-ray. COVID-19."
   config.logging.log_every = 50
   config.logging.checkpoint_every = 1000
-  config.logging.sample_every = 1500
+  config.logging.sample_every = 1000
   return config

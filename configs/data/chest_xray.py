@@ -53,9 +53,10 @@ def get_config() -> ml_collections.ConfigDict:
       "name": "age",
       "column": "age",
       "kind": "continuous",
-      "low": 0,
+      # The collection holds adults, 25 to 85 years old: a bin below 18 would be an empty row of every table.
+      "low": 18,
       "high": 100,
-      "bins": (18, 40, 60, 80),
+      "bins": (40, 60, 80),
       "unit": "year",
     },
     {
