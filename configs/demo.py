@@ -1,7 +1,7 @@
 """The demo: age x sex x group phantoms at 64x64 on two CPU cores, from random weights.
 
-make demo                                                                        runs the whole chain
-compdiff train --config=configs/demo.py --workdir=build/demo/run                 trains on the demo's data
+  make demo                                                          the whole chain, about ten minutes
+  compdiff train --config=configs/demo.py --workdir=build/demo/run   trains on the data that make demo prepared
 """
 
 from configs import common
@@ -15,12 +15,14 @@ def get_config():
   config.conditioner.attributes = ("age", "sex", "group")
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
-  config.train.steps = 1500
-  config.train.batch_size = 32
+  config.vae_training.steps = 400
+  config.vae_training.batch_size = 8
+  config.train.steps = 1000
+  config.train.batch_size = 16
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 100
   config.train.ema_decay = 0.995
-  config.sample.num_steps = 30
+  config.sample.num_steps = 20
   config.sample.guidance = 2.0
   config.sample.batch_size = 40
   config.logging.log_every = 50

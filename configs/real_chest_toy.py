@@ -29,9 +29,9 @@ def get_config():
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
   config.vae_training.steps = 1200
-  config.train.steps = 5000
+  config.train.steps = 4000
   config.train.batch_size = 16
-  config.train.learning_rate = 5e-4
+  config.train.learning_rate = 1e-3
   config.train.warmup_steps = 200
   config.train.ema_decay = 0.999
   config.sample.num_steps = 50
