@@ -1,14 +1,14 @@
 """The demo: age x sex x group phantoms at 64x64 on two CPU cores, from random weights.
 
-  make demo                                                          the whole chain, about ten minutes
-  compdiff train --config=configs/demo.py --workdir=build/demo/run   trains on the data that make demo prepared
+make demo                                                          the whole chain, about ten minutes
+compdiff train --config=configs/demo.py --workdir=build/demo/run   trains on the data that make demo prepared
 """
 
-from configs import common
+from compdiff_jax import default_config
 
 
 def get_config():
-  config = common.tiny(common.base(), image_size=64)
+  config = default_config.tiny(default_config.base(), image_size=64)
   config.data.path = "build/demo/data"
   config.weights.vae = "build/demo/vae"
   config.weights.tokenizer = "build/demo/tokenizer"

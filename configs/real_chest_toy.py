@@ -16,11 +16,11 @@ With CHEST naming the folder that holds the images and metadata.csv (public COVI
 shows that the chain works on real pictures, and says nothing about patients.
 """
 
-from configs import common
+from compdiff_jax import default_config
 
 
 def get_config():
-  config = common.tiny(common.base(), image_size=64)
+  config = default_config.tiny(default_config.base(), image_size=64)
   config.data.path = "build/chest/data"
   config.weights.vae = "build/chest/vae"
   config.weights.tokenizer = "build/chest/tokenizer"

@@ -1,4 +1,4 @@
-"""What all configs share; each config file says only what differs."""
+"""The config that all config files start from; each says only what differs. Users import it for their own files."""
 
 import ml_collections
 
