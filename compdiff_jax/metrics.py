@@ -39,11 +39,12 @@ class MetricWriter:
 
 
 def _tensorboard_writer(logdir: Path):
-  """CLU's summary writer, or None without TensorFlow: that costs the feature, not the run."""
+  """CLU's summary writer, or None without TensorFlow and TensorBoard: that costs the feature, not the run."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets on import
   try:
     from clu import metric_writers
-  except ImportError:
+  except ImportError as error:
+    print(f"no TensorBoard files, metrics.jsonl only ({error})", file=sys.stderr)
     return None
   return metric_writers.SummaryWriter(str(logdir))
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 
 _SHOWN = 8  # images in the reconstruction picture
+_MEASURED = 256  # images that the scaling factor and the validation error are measured on
 
 
 def main(argv: list[str]) -> None:
@@ -88,23 +90,9 @@ def main(argv: list[str]) -> None:
   params = state[0]
 
   # ---- Scaling factor, weights, pictures
-  encode = jax.jit(lambda params, images: vae(params, images / 127.5 - 1.0, method="encode"))
-  shown, spread = [], []
-  for split in ("train", "val"):
-    source = record_set.split(split)
-    images = np.stack([decode_image(source[i]["image"], config.data.image_size) for i in range(min(256, len(source)))])
-    moments = np.concatenate([encode(params, images[i : i + 32].astype(np.float32)) for i in range(0, len(images), 32)])
-    mean = moments[..., : vae_config.latent_channels]
-    spread.append(float(mean.std()))
-    shown.append((images[:_SHOWN], mean[:_SHOWN]))
-  vae_config = dataclasses.replace(vae_config, scaling_factor=round(1.0 / spread[0], 5))
-  with cli.writing(out):
-    save_component(out, vae_config.to_dict(), params, "AutoencoderKL")
-    originals, means = shown[1]  # the validation split: what the VAE has not seen
-    decoded = np.asarray(vae(params, jnp.asarray(means), method="decode"))
-    reconstructions = np.clip(np.round(decoded * 127.5 + 127.5), 0, 255).astype(np.uint8)
-    picture = np.concatenate([np.concatenate(list(originals), 1), np.concatenate(list(reconstructions), 1)])
-    Image.fromarray(picture).save(out / "reconstructions.png")
+  _, _, spread = reconstruct(vae, params, record_set, "train", config.data.image_size)
+  originals, reconstructions, _ = reconstruct(vae, params, record_set, "val", config.data.image_size)
+  vae_config = dataclasses.replace(vae_config, scaling_factor=round(1.0 / spread, 5))
   error = float(np.abs(originals.astype(np.float32) - reconstructions).mean())
   report = {
     **values,
@@ -112,5 +100,30 @@ def main(argv: list[str]) -> None:
     "scaling_factor": vae_config.scaling_factor,
     "val_error_grey_levels": error,
   }
-  (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+  with cli.whole_directory(out) as directory, cli.writing(out):
+    save_component(directory, vae_config.to_dict(), params, "AutoencoderKL")
+    picture = np.concatenate([np.concatenate(list(images[:_SHOWN]), 1) for images in (originals, reconstructions)])
+    Image.fromarray(picture).save(directory / "reconstructions.png")
+    (directory / "training.json").write_text(json.dumps(report, indent=2) + "\n")
   print(f"VAE in {out}: {json.dumps(report)}; originals above reconstructions in {out / 'reconstructions.png'}")
+
+
+def reconstruct(
+  vae: Functional, params: Any, record_set: RecordSet, split: str, image_size: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+  """Up to 256 images of a split, their reconstructions (both uint8 [N, S, S, 3]) and the posterior samples' sd."""
+  source = record_set.split(split)
+  images = np.stack([decode_image(source[i]["image"], image_size) for i in range(min(_MEASURED, len(source)))])
+
+  @jax.jit
+  def pass_through(batch):
+    moments = vae(params, batch / 127.5 - 1.0, method="encode")
+    return moments, vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")
+
+  # Single images, so that one program serves every split.
+  # One image at a time: memory stays small at 512 px.
+  results = [jax.device_get(pass_through(image[None].astype(np.float32))) for image in images]
+  moments, decoded = (np.concatenate(part) for part in zip(*results))
+  mean, log_variance = np.split(moments, 2, axis=-1)
+  reconstructions = np.clip(np.round(decoded * 127.5 + 127.5), 0, 255).astype(np.uint8)
+  return images, reconstructions, float(np.sqrt(mean.var() + np.exp(log_variance).mean()))

@@ -57,8 +57,8 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, froz
         f"{workdir} belongs to another run ({'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''}); use another"
         " --workdir or the values it was started with"
       )
-  elif workdir.exists() and any(workdir.iterdir()):
-    raise InputError(f"{workdir} is not empty and holds no run (no config.json); use another --workdir")
+  elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise InputError(f"{workdir} is not an empty directory and holds no run (no config.json); use another --workdir")
   with writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     for name in ("schema", "frozen", "config"):  # config last: it marks the directory as complete

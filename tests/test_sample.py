@@ -81,7 +81,8 @@ def test_bad_requests_are_refused(samples, trained, workspace, tmp_path, fails):
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "x").touch()
   base = [f"--workdir={trained}", f"--plan={workspace / 'plan.csv'}"]
-  assert "not empty" in fails(sample.main, *base, f"--out={tmp_path / 'full'}")
+  assert "not an empty directory" in fails(sample.main, *base, f"--out={tmp_path / 'full'}")
+  assert "not an empty directory" in fails(sample.main, *base, f"--out={tmp_path / 'full' / 'x'}")
   assert "no checkpoint of step 5" in fails(sample.main, *base, f"--out={tmp_path / 'a'}", "--step=5")
   assert "config.json is missing" in fails(sample.main, f"--workdir={tmp_path}", base[1], f"--out={tmp_path / 'b'}")
   (tmp_path / "bad.csv").write_text("text,age,sex,group\nclear,50,unclear,A\n")

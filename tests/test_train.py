@@ -138,7 +138,8 @@ def test_another_config_is_refused_and_nothing_is_touched(workspace, trained, fa
 def test_foreign_directory_is_refused(workspace, tmp_path, fails):
   (tmp_path / "thesis.txt").write_text("mine")
   message = fails(train.main, *config_arguments(workspace), f"--workdir={tmp_path}")
-  assert "not empty" in message
+  assert "not an empty directory" in message
+  assert "not an empty directory" in fails(train.main, *config_arguments(workspace), f"--workdir={tmp_path}/thesis.txt")
   assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

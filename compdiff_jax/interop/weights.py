@@ -5,7 +5,6 @@ Needs NumPy and safetensors only, in both directions.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from compdiff_jax.cli import InputError, new_directory, writing
+from compdiff_jax.cli import InputError, whole_directory, writing
 from compdiff_jax.interop import keys
 from compdiff_jax.models.functional import Functional
 
@@ -72,24 +71,15 @@ def save_component(
     class_name: the class of diffusers or transformers, for example "UNet2DConditionModel".
     dtype: the stored type: float32, float16 or bfloat16.
   """
-  directory = new_directory(directory)
   if class_name in _TRANSFORMERS_CLASSES:
     stem, config = _TRANSFORMERS_STEM, {"architectures": [class_name], "dtype": jnp.dtype(dtype).name, **config}
   else:
     stem, config = _DIFFUSERS_STEM, {"_class_name": class_name, **config}
-  tensors = keys.to_torch({key: np.asarray(value).astype(dtype, copy=False) for key, value in params.items()})
-
-  partial = directory.with_name(f".{directory.name}.partial")
-  with writing(directory):
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-      partial.mkdir()
-      # Transformers refuses a file whose metadata does not name a framework.
-      save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
-      (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-      partial.replace(directory)
-    finally:
-      shutil.rmtree(partial, ignore_errors=True)
+  with whole_directory(directory) as partial, writing(directory):
+    tensors = keys.to_torch({key: np.asarray(value).astype(dtype, copy=False) for key, value in params.items()})
+    # Transformers refuses a file whose metadata does not name a framework.
+    save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
+    (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _weight_files(directory: Path) -> tuple[Path, list[Path]]:

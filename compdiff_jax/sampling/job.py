@@ -111,8 +111,8 @@ def _plan_hash(rows: Sequence[PlanRow], schema: Schema) -> str:
 def _open_output(out: Path, job: Mapping[str, Any], columns: Sequence[str], schema: Schema) -> int:
   """Starts the directory, or checks what an interrupted job left there; returns how many rows are finished."""
   if not (out / "job.json").exists():
-    if out.exists() and any(out.iterdir()):
-      raise InputError(f"{out} is not empty and holds no sampling job (no job.json); give a new directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+      raise InputError(f"{out} is not an empty directory and holds no sampling job (no job.json); give a new directory")
     with writing(out):
       out.mkdir(parents=True, exist_ok=True)
       schema.save(out / "schema.json")
