@@ -5,16 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m slow -s
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
