@@ -66,7 +66,7 @@ def torch_state(params) -> dict:
 
 
 def reference(state: dict, levels: dict, uncertainty: bool = True) -> dict:
-  """method.md B.2 and B.3 in evaluation, from a state_dict and level indices, attribute by attribute."""
+  """HCN v1 in evaluation, from a state_dict and level indices, attribute by attribute."""
 
   def block(prefix, x):
     x = torch_functional.layer_norm(x, x.shape[-1:], state[f"{prefix}.0.weight"], state[f"{prefix}.0.bias"])

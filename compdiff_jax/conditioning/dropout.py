@@ -13,7 +13,7 @@ def drop_attributes(
   """Turns values into unknown: each attribute with `attribute_rate`, all of a sample together with `full_rate`.
 
   One attribute is then unknown with probability 1 - (1 - attribute_rate)(1 - full_rate), 0.19 for 0.1 and 0.1, in
-  addition to what the data leave unknown (CompDiff-2, method.md C.1).
+  addition to what the data leave unknown; the rule is that of the reference's CompDiff-2.
 
   Args:
     attributes: encoded values {name: [B]} of every attribute of the schema.

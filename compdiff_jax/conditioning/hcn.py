@@ -1,7 +1,7 @@
 """HCN v1, the Hierarchical Conditioner Network of CompDiff-1: attributes -> pairs -> one latent -> one token.
 
 Every attribute has an embedding, every pair of attributes a composed node, and the pair nodes are composed once more
-into h. A Gaussian latent around h, projected to the context width, is the token (method.md B). Parameter paths are the
+into h. A Gaussian latent around h, projected to the context width, is the token. Parameter paths are the
 reference's state_dict keys, built from the schema's names: `emb_sex`, `compose_sex_race.net.1`, `race_classifier.4`.
 The reference's `encode_age=False` is `attributes=("sex", "race")`.
 """
@@ -39,7 +39,7 @@ class HCNConfig:
     use_uncertainty: False makes the latent h itself (no `mu_head`, no `logsigma_head`).
     aux_hidden_dim: hidden width of the auxiliary classifiers; 0 leaves them out.
     learned_nulls: an embedding `null_<name>` for an unknown value. Without it a sample with an unknown value gets the
-      zero token, which is what the reference's release does for its unconditional branch (method.md B.7).
+      zero token, which is what the reference's release does for its unconditional branch.
   """
 
   attributes: tuple[str, ...] = ()
@@ -186,7 +186,7 @@ class HCN(nnx.Module):
     return mu if noise is None else mu + jnp.exp(log_sigma) * noise, mu, log_sigma
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
-    """Attributes {name: [B]} to a token [B, 1, d_ctx] and what the losses need (method.md B.3).
+    """Attributes {name: [B]} to a token [B, 1, d_ctx] and what the losses need.
 
     Continuous attributes enter as the index of their bin. The auxiliary heads read the finished token.
     """

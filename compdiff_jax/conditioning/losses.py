@@ -2,7 +2,7 @@
 
 The training step divides the weighted sum by the sum of the weights over the *global* batch, so neither the number of
 devices nor gradient accumulation changes a loss. All terms are float32. They are read from the same forward pass that
-made the tokens; the reference runs the composition a second time with fresh dropout masks (method.md B.5), which costs
+made the tokens; the reference runs the composition a second time with fresh dropout masks, which costs
 a pass and compares a node that no token was made from.
 """
 

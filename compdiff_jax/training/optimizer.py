@@ -7,7 +7,7 @@ from compdiff_jax.cli import InputError
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-  """Linear warm-up from 0 to `learning_rate`, then a half cosine to 0 at `steps`; clamped there (method A.6)."""
+  """Linear warm-up from 0 to `learning_rate`, then a half cosine to 0 at `steps` and 0 from there on."""
   if not 0 <= config.warmup_steps < config.steps:
     raise InputError(f"train.warmup_steps {config.warmup_steps} must be smaller than train.steps {config.steps}")
   return optax.warmup_cosine_decay_schedule(
@@ -16,7 +16,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def _decays(params):
-  """Weight decay touches kernels only: biases, norms, embeddings and learned nulls are left alone (method, point 9)."""
+  """Weight decay touches kernels only: biases, norms, embeddings and learned nulls are left alone."""
   return {part: {name: name.endswith("kernel") for name in leaves} for part, leaves in params.items()}
 
 

@@ -59,7 +59,7 @@ def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Call
     return {"diffusion": (error, jnp.ones_like(error)), **loss_terms(output)}
 
   def coefficients(step: jax.Array, names: list[str]) -> dict[str, jax.Array | float]:
-    """Loss weights; auxiliary heads share `auxiliary` equally (method B.5). Metrics have none."""
+    """Loss weights; auxiliary heads share `auxiliary` equally, as in the reference. Metrics have none."""
     heads = [name for name in names if name.startswith("aux_")]
     annealing = jnp.minimum(1.0, step / max(config.loss.kl_anneal_steps, 1))
     fixed = {"diffusion": 1.0, "kl": config.loss.kl * annealing, "composition": config.loss.composition}
