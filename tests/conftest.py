@@ -7,6 +7,7 @@ session: the tests that start the command line in new processes compile the same
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ import pytest
 _FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {_FAST_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="compdiff_compile_cache_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILE_CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -49,25 +53,14 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory) -> Path:
-  return tmp_path_factory.mktemp("compile_cache")
-
-
-@pytest.fixture(scope="session")
-def command(compile_cache):
+def command():
   """Starts `python -m MODULE ARGS…` in a new process with one device; returns the Popen object."""
-  environment = {
-    **os.environ,
-    "XLA_FLAGS": _FAST_COMPILE,
-    "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  }
 
-  def start(module: str, *args: object, **variables: str) -> subprocess.Popen:
+  def start(module: str, *args: object) -> subprocess.Popen:
     return subprocess.Popen(
       [sys.executable, "-m", module, *map(str, args)],
       cwd=REPOSITORY,
-      env={**environment, **variables},
+      env={**os.environ, "XLA_FLAGS": _FAST_COMPILE},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
