@@ -199,11 +199,8 @@ def _attribute(entry: Mapping[str, Any]) -> Attribute:
     raise InputError(f"config.attributes: {entry.get('name', entry)} names no column")
   try:
     attribute = Attribute(**fields)
-  except TypeError as error:
+  except (TypeError, InputError) as error:
     raise InputError(f"config.attributes: {entry.get('name', entry)}: {error}") from None
-  for value in attribute.values:
-    if not attribute.is_known(attribute.encode(value)):
-      raise InputError(f"config.attributes: {attribute.name}: {value!r} means unknown and cannot be a value; rename it")
   for raw, value in dict(entry.get("mapping", {})).items():
     try:
       attribute.encode(value)

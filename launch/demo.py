@@ -33,7 +33,7 @@ def main() -> int:
   def run(name: str, *command) -> None:
     seconds[name] = step(name, command)
 
-  run("data", "python", "-m", "data_prep.phantom", "--out", out / "data", "--num", 2000, "--holdout", HELD_OUT)
+  run("data", "python", "-m", "data_prep.phantom", "--out", out / "data", "--num", 1600, "--holdout", HELD_OUT)
   run("vocabulary", "python", "-m", "data_prep.vocabulary", "--data", out / "data", "--out", out / "tokenizer",
       "--size", 600)  # fmt: skip
   run("autoencoder", "compdiff", "train-vae", f"--out={out / 'vae'}", *config)

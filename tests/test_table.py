@@ -91,7 +91,7 @@ BAD_ROWS = {
   "unknown value": ({"sex": "X"}, "bad attribute value: sex 'X' is not one of M, F"),
   "unknown value without mapping": ({"view": "oblique"}, "bad attribute value: view 'oblique'"),
   "age as text": ({"age": "old"}, "bad attribute value: age 'old' is not a number"),
-  "negative age": ({"age": "-3"}, "bad attribute value: age -3 is outside 0 to 100"),
+  "negative age": ({"age": "-3"}, "bad attribute value: age -3 is outside 18 to 100"),
   "age out of range": ({"age": "140"}, "bad attribute value: age 140 is outside"),
   "infinite age": ({"age": "inf"}, "bad attribute value: age inf is outside"),
   "duplicate key": ({"image": "3.png"}, "duplicate key: 3.png was first seen in row 5"),
