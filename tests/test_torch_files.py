@@ -351,9 +351,10 @@ def test_a_failed_export_leaves_nothing(tmp_path, tokenizer_dir):
       raise OSError(28, "No space left on device")
 
   out = tmp_path / "out"
-  with pytest.raises(InputError, match=r"cannot write .*out: No space left on device"):
+  with pytest.raises(InputError, match=r"cannot write .*out.*: No space left on device"):
     export(out, tokenizer_dir, "nulls", vae_params=FullDisk())
-  assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+  assert list(tmp_path.iterdir()) == []
+  out.mkdir()
   (out / "kept").touch()
   with pytest.raises(InputError, match="not empty"):
     export(out, tokenizer_dir, "nulls")
