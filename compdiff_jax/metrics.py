@@ -71,14 +71,14 @@ class Progress:
     self._total, self._unit, self._start = total, unit, time.monotonic()
     self._initial = initial
 
-  def update(self, step: int, text: str) -> None:
+  def update(self, step: int, text: str = "") -> None:
     if self._bar is not None:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(step - self._bar.n)
       return
     rate = (step - self._initial) / max(time.monotonic() - self._start, 1e-9)
-    left = (self._total - step) / rate if rate else 0.0
-    print(f"{self._unit} {step}/{self._total}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+    left = f"{(self._total - step) / rate / 60:.1f} min left" if rate else ""
+    print("  ".join(filter(None, (f"{self._unit} {step}/{self._total}", text, left))), file=sys.stderr, flush=True)
 
   def close(self) -> None:
     if self._bar is not None:

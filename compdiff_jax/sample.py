@@ -56,10 +56,9 @@ def main(argv: list[str]) -> None:
   }
   progress = None
   for done in run_job(args.out, rows, schema, generate, settings, batch_size):
-    progress = progress or Progress(len(rows), max(0, done - batch_size), "image")
-    progress.update(done, "")
-  if progress is not None:
-    progress.close()
+    progress = progress or Progress(len(rows), done, "image")
+    progress.update(done)
+  progress.close()
 
   # ---- Grid
   if args.grid:

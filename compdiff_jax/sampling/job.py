@@ -71,7 +71,7 @@ def run_job(
   settings: Mapping[str, Any],
   batch_size: int,
 ) -> Iterator[int]:
-  """Samples every plan row into `out`, yielding the number finished so far; rows that are already there are kept.
+  """Samples every plan row into `out`, yielding the number finished: first what is already there, then each batch's.
 
   Args:
     out: directory for `000000.png` …, `manifest.csv`, `schema.json` and `job.json`.
@@ -81,6 +81,7 @@ def run_job(
   job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
   columns = ["file", "sha256", "text", *schema.names, "seed", *settings]
   done = _open_output(out, job, columns, schema)
+  yield done
   with (out / "manifest.csv").open("a", newline="") as file:
     manifest = csv.writer(file)
     for start in range(done, len(rows), batch_size):
