@@ -1,6 +1,7 @@
 """The CLIP tokenizer: transformers' CLIPTokenizer on local files, and training of a small vocabulary in its format."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class Tokenizer:
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
   """Reads `vocab.json` and `merges.txt`, or `tokenizer.json`, with their special tokens; never uses the network."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would ask for torch, which nothing here uses
   from transformers import CLIPTokenizer  # takes seconds to import
 
   directory = Path(directory)

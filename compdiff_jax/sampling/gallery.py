@@ -1,5 +1,6 @@
 """The intersectional grid: one picture of every cell, with the same text and the same noise."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,13 +30,17 @@ def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1
   font = ImageFont.load_default(12)
   left = 12 + max(int(font.getlength(label)) for label in labels)
   line = 15
-  top = line * (2 + max(1, len(schema.attributes) - 1))
-  canvas = Image.new("RGB", (left + columns * (side + 2), top + rows * (side + 2)), _PAPER)
+  width = left + columns * (side + 2)
+  title_lines = textwrap.wrap(title, max(20, int(width / font.getlength("n"))))
+  headers_top = line * (len(title_lines) + 0.5)
+  top = int(headers_top + line * (max(1, len(schema.attributes) - 1) + 0.5))
+  canvas = Image.new("RGB", (width, top + rows * (side + 2)), _PAPER)
   draw = ImageDraw.Draw(canvas)
-  draw.text((4, 2), title, fill=_INK, font=font)
+  for number, text in enumerate(title_lines):
+    draw.text((4, 2 + line * number), text, fill=_INK, font=font)
   for column, header in enumerate(headers):
     for depth, text in enumerate(header):
-      draw.text((left + column * (side + 2) + 2, line * (1.5 + depth)), text, fill=_INK, font=font)
+      draw.text((left + column * (side + 2) + 2, headers_top + line * depth), text, fill=_INK, font=font)
   for row, label in enumerate(labels):
     draw.text((4, top + row * (side + 2) + side // 2 - 6), label, fill=_INK, font=font)
     for column in range(columns):
