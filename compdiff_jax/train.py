@@ -37,7 +37,6 @@ def main(argv: list[str]) -> None:
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
   record_set = RecordSet(config.data.path)
-  record_set.split("train")
   check_image_size(config.data.image_size, record_set, "train")
   schema = record_set.schema
   model = LatentDiffusion.from_config(config, schema)

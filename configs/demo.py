@@ -16,9 +16,9 @@ def get_config():
   config.conditioner.attributes = ("age", "sex", "group")
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
-  config.vae_training.steps = 400
+  config.vae_training.steps = 300
   config.vae_training.batch_size = 8
-  config.train.steps = 800
+  config.train.steps = 600
   config.train.batch_size = 16
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 100
@@ -27,6 +27,6 @@ def get_config():
   config.sample.guidance = 2.0
   config.sample.batch_size = 40
   config.logging.log_every = 50
-  config.logging.checkpoint_every = 400
-  config.logging.sample_every = 400
+  config.logging.checkpoint_every = 300
+  config.logging.sample_every = 1000
   return config
