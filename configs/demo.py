@@ -1,6 +1,6 @@
 """The demo: age x sex x group phantoms at 64x64 on two CPU cores, from random weights.
 
-make demo                                                          the whole chain, about ten minutes
+make demo                                                          the whole chain, about eight minutes
 compdiff train --config=configs/demo.py --workdir=build/demo/run   trains on the data that make demo prepared
 """
 

@@ -53,12 +53,12 @@ def print_summary(out: Path, seconds: dict[str, float]) -> None:
   report = json.loads((out / "report" / "report.json").read_text())
   last = read_metrics(out / "run")[-1]
   print("\n== Result (toy scale: phantoms, 64 px)")
-  print(f"  {'denoising loss, training':<60}{last['diffusion']:.4f}")
+  print(f"  {'denoising loss, training':<66}{last['diffusion']:.4f}")
   for row in report["headline"]:
     value = f"{row['value']:.4g}" if "value" in row else row["status"]
-    print(f"  {row['measure'] + ', ' + row['group']:<60}{value}")
+    print(f"  {row['measure'] + ', ' + row['group']:<66}{value}")
   print("  " + "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
-  print(f"  {'total':<60}{sum(seconds.values()) / 60:.1f} min")
+  print(f"  {'total':<66}{sum(seconds.values()) / 60:.1f} min")
   for name, path in (("grid", "samples/grid.png"), ("report", "report/report.html"), ("export", "export")):
     print(f"  {name:<8}{out / path}")
 
