@@ -28,8 +28,8 @@ def get_config():
   config.conditioner.attributes = ("age", "sex", "view")
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
-  config.vae_training.steps = 1200
-  config.train.steps = 4000
+  config.vae_training.steps = 1000
+  config.train.steps = 3000
   config.train.batch_size = 16
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 200

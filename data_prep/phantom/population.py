@@ -18,7 +18,7 @@ from data_prep.phantom.report import write_report
 
 SCHEMA = Schema(
   (
-    Attribute("age", "continuous", low=0, high=100, bins=(18, 40, 60, 80), unit="year"),
+    Attribute("age", "continuous", low=18, high=100, bins=(40, 60, 80), unit="year"),
     Attribute("sex", "categorical", values=("male", "female")),
     Attribute("group", "categorical", values=("A", "B", "C", "D")),
   )
