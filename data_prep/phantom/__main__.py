@@ -9,7 +9,7 @@ import numpy as np
 
 from compdiff_jax import cli
 from data_prep.dataset import parse_cells, write_dataset
-from data_prep.phantom.population import OLDEST, SCHEMA, YOUNGEST, examples
+from data_prep.phantom.population import SCHEMA, examples
 
 _PROG = "python -m data_prep.phantom"
 _SIZES = (16, 1024)
@@ -26,11 +26,6 @@ def _counted(items: Iterable[dict], cells: Counter) -> Iterator[dict]:
     levels = {a.name: int(a.levels(np.array([item["attributes"][a.name]]))[0]) for a in SCHEMA}
     cells[SCHEMA.cell_name(levels)] += 1
     yield item
-
-
-def _drawable_cells() -> list[str]:
-  ages = SCHEMA["age"].levels(np.array([YOUNGEST, OLDEST]))
-  return [SCHEMA.cell_name(cell) for cell in SCHEMA.cells() if ages[0] <= cell["age"] <= ages[1]]
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +49,7 @@ def main(argv: list[str]) -> None:
     raise cli.InputError(f"--seed {args.seed}: give 0 or a positive number")
   held_out = parse_cells(args.holdout, SCHEMA)
 
-  cells = Counter({name: 0 for name in _drawable_cells()})
+  cells = Counter({SCHEMA.cell_name(cell): 0 for cell in SCHEMA.cells()})
   write_dataset(
     args.out,
     name="phantom",
