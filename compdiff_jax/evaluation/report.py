@@ -100,12 +100,22 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
   return rows
 
 
-def _headline_kid(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
-  row = {"measure": f"KID [{label}]", "group": group["group"]}
+def _headline_row(
+  distance: str, label: str, group: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+  """The row of a distance in a group, and its figures; without figures the row says why."""
+  row = {"measure": f"{distance.upper()} [{label}]", "group": group["group"]}
   row.update(n_real=group["n_real"], n_synthetic=group["n_synthetic"])
-  scores = group["fidelity"].get(label, {}).get("kid")
+  scores = group["fidelity"].get(label, {}).get(distance)
   if scores is None:
-    return {**row, "status": group["refusal"] or "failed"}
+    row["status"] = group["refusal"] or "failed"
+  return row, scores
+
+
+def _headline_kid(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
+  row, scores = _headline_row("kid", label, group)
+  if scores is None:
+    return row
   row.update(value=scores["value"], lo=scores["lo"], hi=scores["hi"])
   null = scores["null"]
   if "mean" in null:
@@ -117,11 +127,9 @@ def _headline_kid(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _headline_fd(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
-  row = {"measure": f"FD [{label}]", "group": group["group"]}
-  row.update(n_real=group["n_real"], n_synthetic=group["n_synthetic"])
-  scores = group["fidelity"].get(label, {}).get("fd")
+  row, scores = _headline_row("fd", label, group)
   if scores is None:
-    return {**row, "status": group["refusal"] or "failed"}
+    return row
   row.update(value=scores["value"], reference=scores["null_bias"], reference_name="expected from n alone")
   if scores["rank_deficient"]:
     row["status"] = f"rank deficient (d={scores['d']})"
