@@ -1,5 +1,7 @@
-"""The UNet against torch diffusers; attention and resizing against closed forms."""
+"""The UNet against torch diffusers; attention, activations and resizing against closed forms."""
 
+import functools
+import inspect
 import json
 import math
 
@@ -11,96 +13,70 @@ import scipy.special
 import torch
 import torch_parity
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import get_activation
+from network_configs import PUBLISHED, SD15, SD21_BASE, TINY_MEMORY, UNETS
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.models import Functional, UNet2DCondition, UNetConfig
+from compdiff_jax.models import UNetConfig
 from compdiff_jax.models.attention import attention
-from compdiff_jax.models.layers import GroupNorm, LayerNorm
+from compdiff_jax.models.layers import ACTIVATIONS, GroupNorm, LayerNorm
 from compdiff_jax.models.unet_blocks import resize_nearest
 
-CONFIGS = {
-  # One attention level, 1x1 convolutions around the transformers: the style of SD 1.
-  "sd1": {
-    "block_out_channels": [16, 32],
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 24,
-    "attention_head_dim": 4,
-  },
-  # Heads per level, linear projections, upcast attention: the style of SD 2.1-768.
-  "sd2": {
-    "block_out_channels": [16, 32, 48],
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "cross_attention_dim": 20,
-    "attention_head_dim": [1, 2, 3],
-    "use_linear_projection": True,
-    "upcast_attention": True,
-    "sample_size": 96,
-  },
-  # Everything else that may differ from the defaults, attention at the lowest level included.
-  "options": {
-    "in_channels": 3,
-    "out_channels": 5,
-    "block_out_channels": [18, 24],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "norm_num_groups": 3,
-    "norm_eps": 1e-4,
-    "cross_attention_dim": 8,
-    "attention_head_dim": [2, 3],
-    "transformer_layers_per_block": 2,
-    "downsample_padding": 0,
-    "mid_block_scale_factor": 1.5,
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-  },
+# Of each toy: latent height and width, context tokens. One size each, so that tests share the compiled programs.
+SIZES = {"SD 1 style": (11, 6, 77), "SD 2 style": (9, 7, 83), "options": (9, 5, 78)}
+
+# Fields of the torch class that ours has with one value only, and another value.
+REFUSED = {
+  "addition_embed_type": "text",
+  "addition_embed_type_num_heads": 32,
+  "addition_time_embed_dim": 8,
+  "attention_type": "gated",
+  "center_input_sample": True,
+  "class_embed_type": "timestep",
+  "class_embeddings_concat": True,
+  "conv_in_kernel": 1,
+  "conv_out_kernel": 1,
+  "cross_attention_norm": "layer_norm",
+  "dropout": 0.1,
+  "dual_cross_attention": True,
+  "encoder_hid_dim": 8,
+  "encoder_hid_dim_type": "text_proj",
+  "mid_block_only_cross_attention": True,
+  "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+  "num_attention_heads": 2,
+  "num_class_embeds": 10,
+  "only_cross_attention": True,
+  "projection_class_embeddings_input_dim": 8,
+  "resnet_out_scale_factor": 2.0,
+  "resnet_skip_time_act": True,
+  "resnet_time_scale_shift": "scale_shift",
+  "reverse_transformer_layers_per_block": [1, 2],
+  "time_cond_proj_dim": 8,
+  "time_embedding_act_fn": "silu",
+  "time_embedding_dim": 32,
+  "time_embedding_type": "fourier",
+  "timestep_post_act": "silu",
+}
+# These say how a model is run, not what it computes in float32.
+INERT = {"sample_size", "upcast_attention"}
+
+ONE_LEVEL = TINY_MEMORY["unet"] | {
+  "block_out_channels": [16],
+  "down_block_types": ["CrossAttnDownBlock2D"],
+  "up_block_types": ["CrossAttnUpBlock2D"],
 }
 
-SD21 = {
-  "sample_size": 64,
-  "attention_head_dim": [5, 10, 20, 20],
-  "cross_attention_dim": 1024,
-  "use_linear_projection": True,
-  "_class_name": "UNet2DConditionModel",
-  "dual_cross_attention": False,
-  "num_class_embeds": None,
-}
+build = functools.cache(lambda name: torch_parity.build_jax("unet", UNETS[name]))
 
 
-def _pair(name: str, **changes) -> tuple[UNet2DConditionModel, Functional]:
-  """The torch model of a configuration with wide random weights, and ours."""
-  fields = {**CONFIGS[name], **changes}
-  torch_model = torch_parity.randomize(UNet2DConditionModel(**fields))
-  config = UNetConfig.from_dict(fields)
-  return torch_model, Functional(lambda rngs: UNet2DCondition(config, rngs=rngs))
+def _torch_model(fields: dict) -> UNet2DConditionModel:
+  return torch_parity.randomize(torch_parity.build_torch("unet", fields))
 
 
-def _inputs(name: str, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  config = CONFIGS[name]
-  sample = torch_parity.normal(1, 2, height, width, config.get("in_channels", 4))
-  return sample, np.array([7, 981]), torch_parity.normal(2, 2, tokens, config["cross_attention_dim"])
-
-
-def _torch_call(model, sample, timesteps, context) -> torch.Tensor:
-  return model(torch_parity.nchw(sample), torch.from_numpy(timesteps), torch.from_numpy(context)).sample
-
-
-@pytest.mark.parametrize(
-  ("name", "height", "width", "tokens"),
-  [("sd1", 9, 7, 77), ("sd2", 11, 6, 81), ("options", 9, 5, 1)],
-)
-def test_prediction_equals_diffusers(name, height, width, tokens):
-  model, functional = _pair(name)
-  inputs = _inputs(name, height, width, tokens)
-  ours = jax.jit(functional)(torch_parity.params_of(model, functional), *inputs)
-  with torch.no_grad():
-    theirs = torch_parity.nhwc(_torch_call(model, *inputs))
+@pytest.mark.parametrize("name", UNETS)
+def test_prediction_equals_diffusers(name):
+  inputs = torch_parity.unet_inputs(UNETS[name], *SIZES[name])
+  ours, theirs = torch_parity.unet_outputs(_torch_model(UNETS[name]), build(name), inputs)
   assert theirs.std() > 0.1
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
@@ -108,81 +84,85 @@ def test_prediction_equals_diffusers(name, height, width, tokens):
 @pytest.mark.parametrize(
   ("name", "faint"),
   # All maps but the last for the group norms; those before the transformer blocks for the layer norms.
-  [("sd1", "(?<!conv_out)$"), ("options", "(?<!conv_out)$"), ("sd1", "proj_in$")],
+  [("SD 1 style", "(?<!conv_out)$"), ("SD 2 style", "(?<!conv_out)$"), ("SD 1 style", "proj_in$")],
 )
 def test_norm_epsilons_equal_diffusers(name, faint):
-  model, functional = _pair(name)
-  torch_parity.make_faint(model, faint)
-  inputs = _inputs(name, 8, 8, 7)
-  ours = jax.jit(functional)(torch_parity.params_of(model, functional), *inputs)
-  with torch.no_grad():
-    theirs = torch_parity.nhwc(_torch_call(model, *inputs))
+  model = torch_parity.make_faint(_torch_model(UNETS[name]), faint)
+  inputs = torch_parity.unet_inputs(UNETS[name], *SIZES[name])
+  ours, theirs = torch_parity.unet_outputs(model, build(name), inputs)
   assert theirs.std() > 0.01
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_gradients_equal_diffusers():
-  model, functional = _pair("sd1", layers_per_block=1)
-  sample, timesteps, context = _inputs("sd1", 8, 7, 6)
-  noise = torch_parity.normal(3, *sample.shape)
-
-  def loss(params):
-    return jnp.mean((functional(params, sample, timesteps, context) - noise) ** 2)
-
-  ours = jax.jit(jax.grad(loss))(torch_parity.params_of(model, functional))
-  torch.nn.functional.mse_loss(_torch_call(model, sample, timesteps, context), torch_parity.nchw(noise)).backward()
-  for parameter in model.parameters():
-    parameter.data = parameter.grad
-  theirs = torch_parity.params_of(model, functional)
-  errors = {key: jnp.linalg.norm(ours[key] - theirs[key]) / jnp.linalg.norm(theirs[key]) for key in theirs}
+@pytest.mark.parametrize("fields", [TINY_MEMORY["unet"], UNETS["options"]], ids=["SD 1 style", "options"])
+def test_gradients_equal_diffusers(fields):
+  """Also those in the context, through which the conditioner trains, and in the vector added to the time embedding."""
+  inputs = torch_parity.unet_inputs(fields, 8, 7, 78)
+  ours, theirs = torch_parity.unet_gradients(_torch_model(fields), torch_parity.build_jax("unet", fields), inputs)
+  errors = torch_parity.relative_errors(ours, theirs)
+  assert set(errors) > {"context", "time vector", "conv_in.kernel"}
   assert max(errors.values()) < 1e-3, max(errors, key=errors.get)
 
 
-def test_time_vector_is_added_to_the_time_embedding():
-  model, functional = _pair("sd1")
-  inputs = _inputs("sd1", 8, 8, 5)
-  vector = torch_parity.normal(4, 2, 64)
-  model.time_embedding.register_forward_hook(lambda module, args, output: output + torch.from_numpy(vector))
-  ours = jax.jit(functional)(torch_parity.params_of(model, functional), *inputs, time_vector=vector)
-  with torch.no_grad():
-    theirs = torch_parity.nhwc(_torch_call(model, *inputs))
-  np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+def test_every_field_of_diffusers_is_honoured_or_refused():
+  """The parity of "options" shows that a field is honoured, because torch's model there depends on the field."""
+  fields, inputs = UNETS["options"], torch_parity.unet_inputs(UNETS["options"], *SIZES["options"])
+  defaults = {
+    name: parameter.default
+    for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
+    if name != "self"
+  }
+  assert {*fields, *REFUSED} == set(defaults)
+  assert UNetConfig.from_dict(fields).to_dict() == fields
+  for name, value in fields.items():
+    assert value != defaults[name]
+    depends = torch_parity.depends_on(
+      "unet", fields, name, defaults[name], lambda model: torch_parity.call_torch_unet(model, *inputs)
+    )
+    assert depends == (name not in INERT), name
+  for name, value in REFUSED.items():
+    assert value != defaults[name]
+    with pytest.raises(InputError, match=rf"^unet/config\.json: field {name} "):
+      UNetConfig.from_dict({**fields, name: value})
+    assert UNetConfig.from_dict({**fields, name: defaults[name]}) == UNetConfig.from_dict(fields)
 
 
-def test_bfloat16_compute_keeps_float32_parameters():
-  model, functional = _pair("sd1")
-  config = UNetConfig.from_dict(CONFIGS["sd1"])
-  half = Functional(lambda rngs: UNet2DCondition(config, jnp.bfloat16, rngs=rngs))
-  assert half.shapes == functional.shapes
-  assert {spec.dtype for spec in half.shapes.values()} == {jnp.dtype(jnp.float32)}
-  inputs = _inputs("sd1", 8, 8, 5)
-  ours = jax.jit(half)(torch_parity.params_of(model, functional), *inputs)
-  with torch.no_grad():
-    theirs = torch_parity.nhwc(_torch_call(model, *inputs))
-  assert ours.dtype == jnp.bfloat16
-  assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
-
-
-@pytest.mark.parametrize(
-  ("fields", "count"), [(SD21, 865_910_724), ({"sample_size": 64, "cross_attention_dim": 768}, 859_520_964)]
-)
-def test_full_size(fields, count):
-  """SD 2.1 and SD 1.5, by shape only."""
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name):
+  fields = PUBLISHED[name]["unet"]
   config = UNetConfig.from_dict(fields)
-  functional = Functional(lambda rngs: UNet2DCondition(config, jnp.bfloat16, rngs=rngs))
-  assert sum(math.prod(spec.shape) for spec in functional.shapes.values()) == count
+  written = json.loads(json.dumps(config.to_dict()))
+  assert UNetConfig.from_dict(written) == config
+  assert all(written[name] == value for name, value in fields.items() if name in written)
+  # As a newer release writes the same model: every field it knows, lists for tuples.
+  saved = json.loads(torch_parity.build_torch("unet", TINY_MEMORY["unet"]).to_json_string())
+  assert UNetConfig.from_dict(saved | fields) == config
+  assert UNetConfig.from_dict(fields | {"only_cross_attention": [False, False]}) == config
+
+
+def test_full_size():
+  """By shape only."""
+  old, functional = (torch_parity.build_jax("unet", fields["unet"], jnp.bfloat16) for fields in (SD15, SD21_BASE))
+  assert sum(math.prod(spec.shape) for spec in old.shapes.values()) == 859_520_964
+  assert sum(math.prod(spec.shape) for spec in functional.shapes.values()) == 865_910_724
   sample = jax.ShapeDtypeStruct((2, 64, 64, 4), jnp.float32)
-  context = jax.ShapeDtypeStruct((2, 81, config.cross_attention_dim), jnp.float32)
+  context = jax.ShapeDtypeStruct((2, 81, 1024), jnp.float32)
   out = jax.eval_shape(functional, functional.shapes, sample, jax.ShapeDtypeStruct((2,), jnp.int32), context)
   assert out.shape == sample.shape
 
 
+def test_bfloat16_compute_keeps_float32_parameters():
+  half = torch_parity.build_jax("unet", ONE_LEVEL, jnp.bfloat16)
+  assert {spec.dtype for spec in half.shapes.values()} == {jnp.dtype(jnp.float32)}
+  ours, theirs = torch_parity.unet_outputs(_torch_model(ONE_LEVEL), half, torch_parity.unet_inputs(ONE_LEVEL, 8, 8, 5))
+  assert ours.dtype == jnp.bfloat16
+  assert np.linalg.norm(ours - theirs) < 0.05 * np.linalg.norm(theirs)
+
+
 def test_initialization_is_torch_default():
-  fields = {**CONFIGS["sd1"], "layers_per_block": 1}
-  config = UNetConfig.from_dict(fields)
-  functional = Functional(lambda rngs: UNet2DCondition(config, rngs=rngs))
+  functional = torch_parity.build_jax("unet", ONE_LEVEL)
   params = functional.init(jax.random.key(0))
-  reference = torch_parity.params_of(UNet2DConditionModel(**fields), functional)
+  reference = torch_parity.params_of(torch_parity.build_torch("unet", ONE_LEVEL), functional)
   assert list(params) == list(functional.shapes)
   for key, expected in reference.items():
     if expected.size > 500:
@@ -196,29 +176,14 @@ def test_initialization_is_torch_default():
   assert not np.array_equal(params["conv_in.kernel"], other["conv_in.kernel"])
 
 
-def test_config_round_trip():
-  for fields in (*CONFIGS.values(), SD21):
-    config = UNetConfig.from_dict(fields)
-    written = json.loads(json.dumps(config.to_dict()))
-    assert UNetConfig.from_dict(written) == config
-    assert all(written[name] == value for name, value in fields.items() if name in written)
-
-
-def test_config_of_diffusers_is_accepted_whole():
-  """Every field that diffusers writes is known here: a default-constructed model's full config parses."""
-  full = dict(UNet2DConditionModel(**CONFIGS["sd1"]).config)
-  assert UNetConfig.from_dict(full) == UNetConfig.from_dict(CONFIGS["sd1"])
-
-
 @pytest.mark.parametrize(
   ("fields", "named"),
   [
-    ({"class_embed_type": "timestep"}, "class_embed_type"),
-    ({"num_class_embeds": 10}, "num_class_embeds"),
-    ({"only_cross_attention": True}, "only_cross_attention"),
-    ({"center_input_sample": True}, "center_input_sample"),
-    ({"act_fn": "gelu"}, "act_fn"),
-    ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
+    ({"only_cross_attention": [False, True]}, "only_cross_attention"),
+    ({"act_fn": "tanh"}, "act_fn"),
+    ({"layers_per_block": 0}, "layers_per_block"),
+    ({"block_out_channels": [32, 0, 64, 64]}, "block_out_channels"),
+    ({"norm_num_groups": None}, "norm_num_groups"),
     ({"layers_per_block": [1, 2]}, "layers_per_block"),
     ({"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block"),
     ({"downsample_padding": 2}, "downsample_padding"),
@@ -238,9 +203,15 @@ def test_unsupported_field_is_named(fields, named):
 
 
 def test_groups_must_divide_channels():
-  config = UNetConfig.from_dict({**CONFIGS["sd1"], "norm_num_groups": 5})
   with pytest.raises(InputError, match="norm_num_groups"):
-    Functional(lambda rngs: UNet2DCondition(config, rngs=rngs))
+    torch_parity.build_jax("unet", {**UNETS["options"], "norm_num_groups": 5})
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_equal_diffusers(name):
+  x = np.linspace(-6, 6, 101, dtype=np.float32)
+  expected = get_activation(name)(torch.from_numpy(x))
+  np.testing.assert_allclose(ACTIVATIONS[name](x), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("causal", [False, True])

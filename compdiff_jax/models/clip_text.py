@@ -12,17 +12,33 @@ from flax import nnx
 from compdiff_jax.cli import InputError
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import attention, merge_heads, split_heads
-from compdiff_jax.models.layers import Dense, Embed, LayerNorm
+from compdiff_jax.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm
 
-_ACTIVATIONS = {
-  "gelu": functools.partial(jax.nn.gelu, approximate=False),
-  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+_ACTIVATIONS = ACTIVATIONS | {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
+
+_FIXED = {
+  "attention_dropout": 0.0,
+  "dropout": 0.0,
+  "is_encoder_decoder": False,
+  "model_type": "clip_text_model",
 }
 
-_FIXED = {"attention_dropout": 0.0, "dropout": 0.0, "model_type": "clip_text_model"}
-
 # Initialisation of the torch class and bookkeeping of transformers: nothing here changes the hidden states.
-_IGNORED = ("architectures", "dtype", "initializer_factor", "initializer_range", "torch_dtype", "transformers_version")
+_IGNORED = (
+  "architectures",
+  "chunk_size_feed_forward",
+  "dtype",
+  "id2label",
+  "initializer_factor",
+  "initializer_range",
+  "label2id",
+  "output_attentions",
+  "output_hidden_states",
+  "problem_type",
+  "return_dict",
+  "torch_dtype",
+  "transformers_version",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +57,7 @@ class CLIPTextConfig:
   max_position_embeddings: int = 77
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
-  projection_dim: int = 512
+  projection_dim: int | None = 512
   bos_token_id: int | None = 49406
   eos_token_id: int | None = 49407
   pad_token_id: int | None = 1
@@ -49,7 +65,9 @@ class CLIPTextConfig:
   def __post_init__(self):
     if self.hidden_act not in _ACTIVATIONS:
       raise InputError(f"field hidden_act is {self.hidden_act!r}; supported: {', '.join(_ACTIVATIONS)}")
-    if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    configs.check_positive(self, *sizes, "max_position_embeddings")
+    if self.hidden_size % self.num_attention_heads:
       raise InputError(
         f"field num_attention_heads is {self.num_attention_heads}; it must divide hidden_size {self.hidden_size}"
       )

@@ -18,7 +18,8 @@ def parse(
     cls: a frozen dataclass whose fields and defaults are those of the torch class.
     values: the JSON object. Keys with a leading underscore are bookkeeping of diffusers and have no meaning here.
     source: the file, for error messages.
-    fixed: fields of the torch class that are understood, but supported with this value only.
+    fixed: fields of the torch class that are understood, but supported with this value only. A list that repeats it for
+      every level means the same.
     ignored: fields that cannot change what the network computes.
 
   Raises:
@@ -33,7 +34,8 @@ def parse(
       except TypeError:
         raise InputError(f"{source}: field {name} is {value!r}; it must be {_describe(hints[name])}") from None
     elif name in fixed:
-      if value != fixed[name]:
+      levels = value if isinstance(value, (list, tuple)) and value else [value]
+      if any(level != fixed[name] for level in levels):
         raise InputError(f"{source}: field {name} is {value!r}; only {fixed[name]!r} is supported")
     elif not name.startswith("_") and name not in ignored:
       raise InputError(f"{source}: unknown field {name}{nearest(name, [*hints, *fixed])}")
@@ -41,6 +43,14 @@ def parse(
     return cls(**known)
   except InputError as error:
     raise InputError(f"{source}: {error}") from None
+
+
+def check_positive(config, *names: str) -> None:
+  """Raises an `InputError` that names the field when a size or count, or one of a list of them, is not positive."""
+  for name in names:
+    value = getattr(config, name)
+    if min(value if isinstance(value, tuple) else (value,), default=0) <= 0:
+      raise InputError(f"field {name} is {list(value) if isinstance(value, tuple) else value}; it must be positive")
 
 
 def to_json(config) -> dict[str, Any]:

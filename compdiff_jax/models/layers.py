@@ -4,6 +4,7 @@ Flax's own layers differ where it matters: norm epsilon 1e-6 (torch 1e-5), varia
 LeCun-normal kernels with zero bias. These hold float32 parameters and compute in `dtype`; norm statistics are float32.
 """
 
+import functools
 import math
 
 import jax
@@ -12,6 +13,15 @@ from flax import nnx
 from jax import lax
 
 from compdiff_jax.cli import InputError
+
+# By their names in the config files of diffusers and transformers. The GELU is exact, not its tanh approximation.
+ACTIVATIONS = {
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "mish": jax.nn.mish,
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "swish": jax.nn.silu,
+}
 
 
 def torch_uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:

@@ -13,7 +13,7 @@ from flax import nnx
 from compdiff_jax.cli import InputError
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import Transformer2D
-from compdiff_jax.models.layers import Conv, Dense, GroupNorm
+from compdiff_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
 from compdiff_jax.models.unet_blocks import (
   DownBlock2D,
   Downsample2D,
@@ -29,7 +29,6 @@ _UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 # Options of the torch class that no Stable Diffusion 1.x or 2.x text-to-image model uses, with the value they all have.
 _FIXED = {
-  "act_fn": "silu",
   "addition_embed_type": None,
   "addition_embed_type_num_heads": 64,
   "addition_time_embed_dim": None,
@@ -86,6 +85,7 @@ class UNetConfig:
   layers_per_block: int = 2
   downsample_padding: int = 1
   mid_block_scale_factor: float = 1.0
+  act_fn: str = "silu"
   norm_num_groups: int = 32
   norm_eps: float = 1e-5
   cross_attention_dim: int = 1280
@@ -105,12 +105,21 @@ class UNetConfig:
         raise InputError(f"field {field} has {unknown[0]!r}; supported: {', '.join(known)}")
       if len(types) != levels:
         raise InputError(f"field {field} has {len(types)} entries for {levels} block_out_channels")
+    if self.act_fn not in ACTIVATIONS:
+      raise InputError(f"field act_fn is {self.act_fn!r}; supported: {', '.join(ACTIVATIONS)}")
+    sizes = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups")
+    configs.check_positive(self, *sizes, "cross_attention_dim", "transformer_layers_per_block", "attention_head_dim")
     if self.downsample_padding not in (0, 1):
       raise InputError(f"field downsample_padding is {self.downsample_padding}; supported: 0, 1")
     if len(self.heads) != levels:
       raise InputError(f"field attention_head_dim has {len(self.heads)} entries for {levels} block_out_channels")
-    for heads, channels in zip(self.heads, self.block_out_channels):
-      if heads < 1 or channels % heads:
+    attends = zip(
+      (_DOWN_BLOCKS[block] for block in self.down_block_types),
+      (_UP_BLOCKS[block] for block in reversed(self.up_block_types)),
+      (level == levels - 1 for level in range(levels)),  # the mid block
+    )
+    for heads, channels, places in zip(self.heads, self.block_out_channels, attends):
+      if any(places) and channels % heads:
         raise InputError(f"field attention_head_dim (number of heads) is {heads}; it must divide {channels} channels")
 
   @property
@@ -145,14 +154,15 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nnx.Module):
-  """Linear-SiLU-linear, [B, in] -> [B, out]."""
+  """Linear, activation, linear, [B, in] -> [B, out]."""
 
-  def __init__(self, in_channels: int, out_channels: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, in_channels: int, out_channels: int, *, activation, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.activation = activation
     self.linear_1 = Dense(in_channels, out_channels, dtype=dtype, rngs=rngs)
     self.linear_2 = Dense(out_channels, out_channels, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.linear_2(jax.nn.silu(self.linear_1(x)))
+    return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class UNet2DCondition(nnx.Module):
@@ -164,7 +174,15 @@ class UNet2DCondition(nnx.Module):
     groups = config.norm_num_groups
     time_channels = 4 * channels[0]
     typed = {"dtype": dtype, "rngs": rngs}
-    resnet = functools.partial(ResnetBlock2D, groups=groups, eps=config.norm_eps, time_channels=time_channels, **typed)
+    self.activation = ACTIVATIONS[config.act_fn]
+    resnet = functools.partial(
+      ResnetBlock2D,
+      groups=groups,
+      eps=config.norm_eps,
+      activation=self.activation,
+      time_channels=time_channels,
+      **typed,
+    )
     transformer = functools.partial(
       Transformer2D,
       context_channels=config.cross_attention_dim,
@@ -178,7 +196,7 @@ class UNet2DCondition(nnx.Module):
     last = len(channels) - 1
 
     self.conv_in = Conv(config.in_channels, channels[0], **typed)
-    self.time_embedding = TimestepEmbedding(channels[0], time_channels, **typed)
+    self.time_embedding = TimestepEmbedding(channels[0], time_channels, activation=self.activation, **typed)
 
     # The widths of the features that the way down leaves for the way up, used last in, first out.
     skips = [channels[0]]
@@ -260,4 +278,4 @@ class UNet2DCondition(nnx.Module):
     x = self.mid_block(x, time, encoder_hidden_states)
     for block in self.up_blocks:
       x = block(x, skips, time, encoder_hidden_states)
-    return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+    return self.conv_out(self.activation(self.conv_norm_out(x)))

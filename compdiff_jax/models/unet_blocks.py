@@ -18,7 +18,7 @@ from compdiff_jax.models.layers import Conv, Dense, GroupNorm
 
 
 class ResnetBlock2D(nnx.Module):
-  """(x + h) / output_scale, where h is two norm-SiLU-conv stages with the time embedding added between them.
+  """(x + h) / output_scale, where h is two norm-activation-conv stages with the time embedding added between them.
 
   Counterpart of diffusers `ResnetBlock2D` with `time_embedding_norm="default"`; [B, h, w, in] -> [B, h, w, out].
   """
@@ -30,11 +30,13 @@ class ResnetBlock2D(nnx.Module):
     *,
     groups: int,
     eps: float,
+    activation: Callable[[jax.Array], jax.Array],
     time_channels: int | None = None,
     output_scale: float = 1.0,
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
+    self.activation = activation
     self.output_scale = output_scale
     self.norm1 = GroupNorm(groups, in_channels, eps=eps, dtype=dtype)
     self.conv1 = Conv(in_channels, out_channels, dtype=dtype, rngs=rngs)
@@ -45,11 +47,11 @@ class ResnetBlock2D(nnx.Module):
     self.conv_shortcut = widen() if in_channels != out_channels else None
 
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-    """`x`: [B, h, w, in]; `time`: [B, time_channels], before its SiLU."""
-    h = self.conv1(jax.nn.silu(self.norm1(x)))
+    """`x`: [B, h, w, in]; `time`: [B, time_channels], before its activation."""
+    h = self.conv1(self.activation(self.norm1(x)))
     if self.time_emb_proj is not None:
-      h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-    h = self.conv2(jax.nn.silu(self.norm2(h)))
+      h = h + self.time_emb_proj(self.activation(time))[:, None, None, :]
+    h = self.conv2(self.activation(self.norm2(h)))
     shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
     return (shortcut + h) / self.output_scale
 

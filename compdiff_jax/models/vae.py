@@ -12,14 +12,13 @@ from flax import nnx
 from compdiff_jax.cli import InputError
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import Attention
-from compdiff_jax.models.layers import Conv, GroupNorm
+from compdiff_jax.models.layers import ACTIVATIONS, Conv, GroupNorm
 from compdiff_jax.models.unet_blocks import DownBlock2D, Downsample2D, ResnetBlock2D, Upsample2D
 
 # Every norm of the autoencoder has this epsilon, and none of it can be configured.
 _EPS = 1e-6
 
 _FIXED = {
-  "act_fn": "silu",
   "latents_mean": None,
   "latents_std": None,
   "shift_factor": None,
@@ -33,6 +32,7 @@ class VAEConfig:
   """The fields of a diffusers AutoencoderKL config.json that may vary here; names and defaults are diffusers'.
 
   Attributes:
+    act_fn: the activation of the residual blocks; the last one of encoder and decoder is always SiLU.
     scaling_factor: the UNet sees latents times this factor; `encode` and `decode` leave it to the caller.
     sample_size: image height and width of training; kept for torch, as is `force_upcast`.
   """
@@ -43,6 +43,7 @@ class VAEConfig:
   up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
   block_out_channels: tuple[int, ...] = (64,)
   layers_per_block: int = 1
+  act_fn: str = "silu"
   latent_channels: int = 4
   norm_num_groups: int = 32
   sample_size: int | tuple[int, ...] = 32
@@ -59,6 +60,10 @@ class VAEConfig:
         raise InputError(f"field {field} has {unknown[0]!r}; supported: {known}")
       if len(types) != levels:
         raise InputError(f"field {field} has {len(types)} entries for {levels} block_out_channels")
+    if self.act_fn not in ACTIVATIONS:
+      raise InputError(f"field act_fn is {self.act_fn!r}; supported: {', '.join(ACTIVATIONS)}")
+    sizes = ("in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels")
+    configs.check_positive(self, *sizes, "norm_num_groups", "scaling_factor")
 
   @property
   def downsampling(self) -> int:
@@ -240,6 +245,7 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
 def _constructors(config: VAEConfig, dtype, rngs: nnx.Rngs):
   """What the encoder and the decoder build alike: `resnet`, `attention` (or None) and the common arguments."""
   typed = {"dtype": dtype, "rngs": rngs}
-  resnet = functools.partial(ResnetBlock2D, groups=config.norm_num_groups, eps=_EPS, **typed)
+  activation = ACTIVATIONS[config.act_fn]
+  resnet = functools.partial(ResnetBlock2D, groups=config.norm_num_groups, eps=_EPS, activation=activation, **typed)
   attention = functools.partial(SpatialAttention, groups=config.norm_num_groups, **typed)
   return resnet, attention if config.mid_block_add_attention else None, typed
