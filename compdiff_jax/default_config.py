@@ -1,10 +1,25 @@
 """The config that all config files start from; each says only what differs. Users import it for their own files."""
 
+import dataclasses
+
 import ml_collections
 
+from compdiff_jax.conditioning.family import CONFIGS
 
-def base() -> ml_collections.ConfigDict:
-  """Method defaults: the reference's optimizer and loss weights, with text and attribute dropout on."""
+# Sizes of the conditioner in `tiny`, where it has them.
+_TINY_CONDITIONER = {"d_node": 64, "d_ctx": 64, "aux_hidden_dim": 64, "flat_hidden": 166}
+
+
+def conditioner(kind: str) -> ml_collections.ConfigDict:
+  """Every field of the conditioner "none", "hcn", "typed", "flat" or "additive", with its default."""
+  return ml_collections.ConfigDict({"kind": kind, **dataclasses.asdict(CONFIGS[kind]())})
+
+
+def base(kind: str = "typed") -> ml_collections.ConfigDict:
+  """Method defaults: the reference's optimizer and loss weights, with text and attribute dropout on.
+
+  `kind` chooses the conditioner.
+  """
   config = ml_collections.ConfigDict()
   config.seed = 42
   config.compute_dtype = "float32"  # "bfloat16" on TPU and GPU; parameters, optimizer, EMA and losses stay float32
@@ -30,18 +45,9 @@ def base() -> ml_collections.ConfigDict:
       "set_alpha_to_one": False,
     }
   )
-  config.conditioner = ml_collections.ConfigDict(
-    {
-      "attributes": (),
-      "d_node": 256,
-      "d_ctx": 1024,
-      "dropout": 0.1,
-      "use_uncertainty": True,
-      "aux_hidden_dim": 512,
-      "learned_nulls": True,
-    }
-  )
+  config.conditioner = conditioner(kind)
 
+  # A conditioner without a latent has no `kl` and no `composition`, one without heads no `auxiliary`.
   config.loss = ml_collections.ConfigDict({"kl": 0.005, "kl_anneal_steps": 5000, "composition": 0.1, "auxiliary": 1.0})
   config.dropout = ml_collections.ConfigDict({"text": 0.1, "attribute": 0.1, "all_attributes": 0.1})
   config.train = ml_collections.ConfigDict(
@@ -138,7 +144,6 @@ def tiny(config: ml_collections.ConfigDict, image_size: int) -> ml_collections.C
   )
   # No pretrained text encoder of this size exists, so it is trained along.
   config.train_text_encoder = True
-  config.conditioner.d_node = 64
-  config.conditioner.d_ctx = 64
-  config.conditioner.aux_hidden_dim = 64
+  sizes = {field: size for field, size in _TINY_CONDITIONER.items() if field in config.conditioner}
+  config.conditioner.update(sizes)
   return config

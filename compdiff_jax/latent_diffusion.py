@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning.hcn import HCN, HCNConfig
+from compdiff_jax.conditioning.config import ConditionerConfig
+from compdiff_jax.conditioning.family import config_from_dict
 from compdiff_jax.conditioning.interface import ConditionerOutput
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.diffusion.schedule import NoiseSchedule
@@ -23,6 +24,18 @@ from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 Params = Mapping[str, Mapping[str, jax.Array]]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "conditioner")
+
+
+class Context(NamedTuple):
+  """What the UNet is conditioned on, in the order of its arguments.
+
+  Attributes:
+    encoder_hidden_states: [B, 77 + T, C], text tokens followed by demographic tokens.
+    time_vector: [B, D], added to the time embedding, or None.
+  """
+
+  encoder_hidden_states: jax.Array
+  time_vector: jax.Array | None
 
 
 def _network_config(config_class: Any, torch_class: str, directory: str, fields: ml_collections.ConfigDict) -> Any:
@@ -48,7 +61,7 @@ class LatentDiffusion:
   unet_config: UNetConfig
   vae_config: VAEConfig
   text_config: CLIPTextConfig
-  conditioner_config: HCNConfig
+  conditioner_config: ConditionerConfig
   unet: Functional
   vae: Functional
   text_encoder: Functional
@@ -65,12 +78,18 @@ class LatentDiffusion:
     unet_config = _network_config(UNetConfig, "UNet2DConditionModel", config.weights.unet, config.unet)
     vae_config = VAEConfig.from_dict(read_config(config.weights.vae, "AutoencoderKL"))
     text_config = _network_config(CLIPTextConfig, "CLIPTextModel", config.weights.text_encoder, config.text_encoder)
-    conditioner_config = HCNConfig.from_dict(config.conditioner.to_dict())
+    conditioner_config = config_from_dict(config.conditioner.to_dict())
     width = unet_config.cross_attention_dim
     if text_config.hidden_size != width or conditioner_config.d_ctx != width:
       raise InputError(
         f"unet.cross_attention_dim {width}, text_encoder.hidden_size {text_config.hidden_size} and conditioner.d_ctx"
         f" {conditioner_config.d_ctx} must be equal: their tokens share one context"
+      )
+    time_width = 4 * unet_config.block_out_channels[0]
+    if conditioner_config.d_time_emb not in (0, time_width):
+      raise InputError(
+        f"conditioner.d_time_emb {conditioner_config.d_time_emb} must be the width of the UNet's time embedding,"
+        f" 4 * {unet_config.block_out_channels[0]} = {time_width}, or 0 for none"
       )
     if unet_config.in_channels != vae_config.latent_channels:
       raise InputError(
@@ -83,6 +102,12 @@ class LatentDiffusion:
         "a frozen text encoder needs weights: set config.weights.text_encoder to a diffusers text_encoder directory,"
         " or config.train_text_encoder=True"
       )
+    conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
+    trained = ["unet"]
+    if conditioner.shapes:
+      trained.append("conditioner")
+    if config.train_text_encoder:
+      trained.append("text_encoder")
     return cls(
       schema=schema,
       schedule=NoiseSchedule.from_dict(config.scheduler.to_dict()),
@@ -93,8 +118,8 @@ class LatentDiffusion:
       unet=Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, rngs=rngs)),
       vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=dtype, rngs=rngs)),
       text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, rngs=rngs)),
-      conditioner=Functional(lambda rngs: HCN(conditioner_config, schema, rngs=rngs)),
-      trained=("unet", "conditioner", *(["text_encoder"] if config.train_text_encoder else [])),
+      conditioner=conditioner,
+      trained=tuple(trained),
       image_size=config.data.image_size,
     )
 
@@ -136,14 +161,14 @@ class LatentDiffusion:
 
   def context(
     self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
-  ) -> tuple[jax.Array, ConditionerOutput]:
-    """Text tokens followed by demographic tokens [B, 77 + T, C], and the conditioner's output."""
+  ) -> tuple[Context, ConditionerOutput]:
+    """What prompts int32 [B, 77] and attributes condition the UNet on, and the conditioner's output."""
     text = self.text_encoder(params["text_encoder"], input_ids)
-    output = self.conditioner(params["conditioner"], attributes, keys=keys)
-    return jnp.concatenate([text, output.tokens.astype(text.dtype)], axis=1), output
+    output = self.conditioner(params.get("conditioner", {}), attributes, keys=keys)
+    # A conditioner without attributes does not know the size of the batch.
+    tokens = jnp.broadcast_to(output.tokens, (len(text), *output.tokens.shape[1:]))
+    return Context(jnp.concatenate([text, tokens.astype(text.dtype)], axis=1), output.time_vector), output
 
-  def unconditional_context(self, params: Params, input_ids: jax.Array) -> jax.Array:
-    """The negative or empty prompt followed by the tokens of "every attribute unknown" [B, 77 + T, C]."""
-    text = self.text_encoder(params["text_encoder"], input_ids)
-    tokens = self.conditioner(params["conditioner"], input_ids.shape[0], method="unconditional_tokens")
-    return jnp.concatenate([text, tokens.astype(text.dtype)], axis=1)
+  def unconditional_context(self, params: Params, input_ids: jax.Array) -> Context:
+    """The negative or empty prompt together with "every attribute unknown"."""
+    return self.context(params, input_ids, self.schema.unknown(len(input_ids)))[0]

@@ -8,7 +8,7 @@ from compdiff_jax import default_config
 
 
 def get_config():
-  config = default_config.tiny(default_config.base(), image_size=64)
+  config = default_config.tiny(default_config.base("hcn"), image_size=64)
   config.data.path = "build/demo/data"
   config.weights.vae = "build/demo/vae"
   config.weights.tokenizer = "build/demo/tokenizer"

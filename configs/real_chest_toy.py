@@ -20,7 +20,7 @@ from compdiff_jax import default_config
 
 
 def get_config():
-  config = default_config.tiny(default_config.base(), image_size=64)
+  config = default_config.tiny(default_config.base("hcn"), image_size=64)
   config.data.path = "build/chest/data"
   config.weights.vae = "build/chest/vae"
   config.weights.tokenizer = "build/chest/tokenizer"

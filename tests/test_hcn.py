@@ -12,7 +12,7 @@ import torch.nn.functional as torch_functional
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.dropout import drop_attributes
-from compdiff_jax.conditioning.hcn import HCN, HCNConfig
+from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.interface import ConditionerOutput, level_indices
 from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.conditioning.schema import Attribute, Schema
@@ -47,7 +47,7 @@ PARTLY_UNKNOWN_LEVELS = {
 
 
 def build(schema: Schema = CHEST, **config) -> Functional:
-  return Functional(lambda rngs: HCN(HCNConfig(**config), schema, rngs=rngs))
+  return Functional(lambda rngs: HCNConfig(**config).build(schema, rngs))
 
 
 def wide_params(model: Functional, std: float = 0.7) -> dict:
@@ -158,15 +158,6 @@ def test_initial_distributions():
   assert not np.array_equal(params["null_sex"], params["null_race"])
 
 
-def test_unconditional_is_the_output_of_unknown_attributes():
-  model = build(**SMALL)
-  params = wide_params(model)
-  tokens = jax.jit(lambda params: model(params, 3, method="unconditional_tokens"))(params)
-  state = torch_state(params)
-  expected = reference(state, {name: [-1] for name in CHEST.names})["tokens"]
-  np.testing.assert_allclose(tokens, np.repeat(expected, 3, axis=0), atol=2e-4, rtol=2e-5)
-
-
 def test_without_nulls_unknown_gives_the_zero_token_and_no_loss():
   model = build(**SMALL, learned_nulls=False)
   params = wide_params(model)
@@ -176,7 +167,6 @@ def test_without_nulls_unknown_gives_the_zero_token_and_no_loss():
   np.testing.assert_array_equal(output.conditioned, known)
   np.testing.assert_array_equal(np.any(np.asarray(output.tokens) != 0, axis=(1, 2)), known)
   np.testing.assert_array_equal(output.tokens[4:6], run(params, BATCH).tokens[4:6])
-  assert not np.any(jax.jit(lambda params: model(params, 2, method="unconditional_tokens"))(params))
   for name, (_, weight) in loss_terms(output).items():
     np.testing.assert_array_equal(weight, np.float32(known), err_msg=name)
 
@@ -240,7 +230,7 @@ def test_losses_equal_torch():
   logits = {name: rng.normal(0, 3, [5, k]).astype(np.float32) for name, k in (("age", 5), ("sex", 2))}
   targets = {"age": np.asarray([4, -1, 0, 2, -1]), "sex": np.asarray([0, 1, -1, 1, 0])}
   everyone = np.ones(5, bool)
-  output = ConditionerOutput(None, None, mu, log_sigma, h, parts, logits, targets, everyone)
+  output = ConditionerOutput(None, None, mu, log_sigma, h, parts, logits, targets, conditioned=everyone)
   terms = jax.tree.map(np.asarray, loss_terms(output))
   normal = torch.distributions.Normal
   kl = torch.distributions.kl_divergence(

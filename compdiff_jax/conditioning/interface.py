@@ -1,16 +1,15 @@
 """What every conditioner is: from a batch of attributes to cross-attention tokens, and what its losses need.
 
-A conditioner is an NNX module built as `Conditioner(config, schema, rngs=...)`. The training step, the sampler and the
-export know nothing else about it, so a new conditioner is a new module with the same three members:
+A conditioner is an NNX module that its config builds. The training step, the sampler and the export know nothing else
+about it, so a new conditioner is a new config and module with the same two members:
 
   num_tokens                        T, how many tokens follow the text tokens in the context
   __call__(attributes, keys=None)   -> ConditionerOutput
-  unconditional_tokens(batch)       [batch, T, d_ctx], what the unconditional branch of guidance appends
 
 `attributes` is a batch as `schema` describes it; it may hold more attributes than the conditioner uses. `keys` are
 typed PRNG keys, one a sample: given means training (latent noise and dropout), None means evaluation. Everything
 random about sample i is drawn from `keys[i]` alone, so a result depends neither on the batch a sample sits in nor on
-the device that computes it. The unconditional branch is always the output for `schema.unknown(batch)`.
+the device that computes it. The unconditional branch of guidance is the output for `schema.unknown(batch)`.
 
 Conditioners compute in float32: they are tiny beside the UNet, which casts the tokens to its own dtype.
 """
@@ -26,6 +25,20 @@ from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute
 Attributes = Mapping[str, jax.Array]
 
 
+class Regression(NamedTuple):
+  """What an auxiliary head says about a continuous attribute, on the scale 0 (its low end) to 1 (its high end).
+
+  Attributes:
+    prediction: [B].
+    target: [B], the value that its token was made from; NaN where unknown.
+    span: high - low, in the attribute's unit.
+  """
+
+  prediction: jax.Array
+  target: jax.Array
+  span: float
+
+
 class ConditionerOutput(NamedTuple):
   """Tokens and the intermediate values that the losses read. A field that a conditioner has no use for is None.
 
@@ -36,8 +49,10 @@ class ConditionerOutput(NamedTuple):
     log_sigma: [B, d], log standard deviation of the latent, in [-5, 1].
     h: [B, d], the composed node before the latent.
     parts: [B, d], the sum of the embeddings that were composed into h (of nulls where an attribute is unknown).
-    logits: for each auxiliary head [B, K].
-    targets: for each auxiliary head int32 [B], the class that its token was made from; -1 where unknown.
+    logits: for each auxiliary classifier [B, K].
+    targets: for each auxiliary classifier int32 [B], the class that its token was made from; -1 where unknown.
+    regressions: for each auxiliary regressor its prediction and target.
+    penalties: further losses by name, [B].
     conditioned: bool [B], False where the tokens are the zero tokens of a sample that cannot be represented.
   """
 
@@ -49,6 +64,8 @@ class ConditionerOutput(NamedTuple):
   parts: jax.Array | None = None
   logits: dict[str, jax.Array] | None = None
   targets: dict[str, jax.Array] | None = None
+  regressions: dict[str, Regression] | None = None
+  penalties: dict[str, jax.Array] | None = None
   conditioned: jax.Array | None = None
 
 
@@ -58,8 +75,6 @@ class Conditioner(Protocol):
   num_tokens: int
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput: ...
-
-  def unconditional_tokens(self, batch: int) -> jax.Array: ...
 
 
 def level_indices(attribute: Attribute, values: jax.Array) -> jax.Array:

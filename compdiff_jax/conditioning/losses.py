@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from compdiff_jax.conditioning.interface import ConditionerOutput
 
 _COSINE_EPS = 1e-8  # torch.nn.functional.cosine_similarity
+# On the scale 0 to 1 of a regressor the loss is small beside a cross-entropy; the reference's factor.
+_REGRESSION_SCALE = 10.0
 
 Term = tuple[jax.Array, jax.Array]
 
@@ -37,14 +39,23 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return -jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
 
 
+def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  """d^2 / 2 where |d| < 1, else |d| - 1/2, elementwise (torch.nn.functional.smooth_l1_loss with beta 1)."""
+  distance = jnp.abs(prediction - target)
+  return jnp.where(distance < 1, 0.5 * distance**2, distance - 0.5)
+
+
 def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
   """Every loss and metric that the output carries, each as (values [B], weight [B]), float32.
 
   Returns:
     "kl": KL of the latent to N(0, I), summed over its width. Without a latent this is |h|^2 / 2.
     "composition": 1 - cos(h, sum of the embeddings).
-    "aux_<name>": cross-entropy of a head on its token; weight 0 where the attribute is unknown.
-    "acc_<name>": 1 where that head is right, else 0; same weight; a metric, not a loss.
+    "aux_<name>": cross-entropy of a classifier on its token, or 10 smooth L1 of a regressor on its own; weight 0 where
+      the attribute is unknown.
+    "acc_<name>": 1 where that classifier is right, else 0; same weight; a metric, not a loss.
+    "mae_<name>": distance of that regressor in the attribute's unit; same weight; a metric, not a loss.
+    The penalties of the output under their own names.
   """
   terms = {}
   weight = output.conditioned.astype(jnp.float32)
@@ -57,4 +68,12 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
     known = (targets >= 0).astype(jnp.float32)
     terms[f"aux_{name}"] = (cross_entropy(logits, targets), known)
     terms[f"acc_{name}"] = ((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32), known)
+  for name, (prediction, target, span) in (output.regressions or {}).items():
+    known = target == target  # NaN is the only x != x; it must not reach the loss, where 0 times NaN is NaN
+    target = jnp.where(known, target, 0)
+    known = known.astype(jnp.float32)
+    terms[f"aux_{name}"] = (_REGRESSION_SCALE * smooth_l1(prediction, target), known)
+    terms[f"mae_{name}"] = (jnp.abs(prediction - target) * span, known)
+  for name, values in (output.penalties or {}).items():
+    terms[name] = (values, weight)
   return terms

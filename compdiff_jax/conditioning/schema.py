@@ -131,14 +131,17 @@ class Attribute:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-  """An ordered set of attributes. It travels with the data set, the checkpoint and the export."""
+  """An ordered set of attributes. It travels with the data set, the checkpoint and the export.
+
+  Plain Stable Diffusion has an empty one.
+  """
 
   attributes: tuple[Attribute, ...]
 
   def __post_init__(self):
     object.__setattr__(self, "attributes", tuple(self.attributes))
-    if len(set(self.names)) != len(self.names) or not self.names:
-      raise InputError(f"schema needs at least one attribute and unique names, got {list(self.names)}")
+    if len(set(self.names)) != len(self.names):
+      raise InputError(f"schema needs unique names, got {list(self.names)}")
 
   @property
   def names(self) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ def make_sampler(model: LatentDiffusion, empty_ids: jax.Array, num_steps: int) -
     unconditional = model.unconditional_context(params, jnp.broadcast_to(empty_ids, input_ids.shape))
 
     def unet(sample, timesteps, context):
-      return model.unet(params["unet"], sample, timesteps, context)
+      return model.unet(params["unet"], sample, timesteps, *context)
 
     predict = classifier_free_guidance(unet, conditional, unconditional, guidance)
     latents = ddim_sample(predict, initial_noise(seeds, model.latent_shape), model.schedule, num_steps)

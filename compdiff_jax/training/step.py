@@ -4,7 +4,7 @@ Losses are means over the *global* batch, whatever the number of devices and mic
 pure function of (seed, step, position in the global batch).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,24 @@ def _micro_batches(tree: Any, count: int) -> Any:
   return jax.tree.map(lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
+def loss_coefficients(
+  config: ml_collections.ConfigDict, own: Mapping[str, float], step: jax.Array, names: Sequence[str]
+) -> dict[str, jax.Array | float]:
+  """The weight of each term in the total loss; metrics have none.
+
+  Args:
+    config: `config.loss`.
+    own: the conditioner's `loss_weights`. Auxiliary heads ("aux_<name>") share `auxiliary` in this proportion.
+    step: optimizer steps taken; the KL term is annealed from 0.
+    names: the terms there are.
+  """
+  annealing = jnp.minimum(1.0, step / max(config.kl_anneal_steps, 1))
+  weights = {"diffusion": 1.0, "kl": config.kl * annealing, "composition": config.composition, **own}
+  heads = {name: own.get(name, 1.0) for name in names if name.startswith("aux_")}
+  weights |= {name: config.auxiliary * share / sum(heads.values()) for name, share in heads.items()}
+  return {name: weights[name] for name in names if name in weights}
+
+
 def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
   """The loss of some rows of the batch, as a share of the loss of the whole batch."""
 
@@ -54,23 +72,17 @@ def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Call
       keys["timestep"]
     )
     noisy = objective.add_noise(model.schedule, latents, noise, timesteps)
-    prediction = model.unet(params["unet"], noisy, timesteps, context)
+    prediction = model.unet(params["unet"], noisy, timesteps, *context)
     error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
     return {"diffusion": (error, jnp.ones_like(error)), **loss_terms(output)}
-
-  def coefficients(step: jax.Array, names: list[str]) -> dict[str, jax.Array | float]:
-    """Loss weights; auxiliary heads share `auxiliary` equally, as in the reference. Metrics have none."""
-    heads = [name for name in names if name.startswith("aux_")]
-    annealing = jnp.minimum(1.0, step / max(config.loss.kl_anneal_steps, 1))
-    fixed = {"diffusion": 1.0, "kl": config.loss.kl * annealing, "composition": config.loss.composition}
-    return {**fixed, **{name: config.loss.auxiliary / len(heads) for name in heads}}
 
   def loss(params, frozen, rows, step, weights):
     means = {
       name: jnp.sum(values * weight) / jnp.maximum(weights[name], 1.0)
       for name, (values, weight) in terms(params, frozen, rows).items()
     }
-    total = sum(coefficient * means[name] for name, coefficient in coefficients(step, list(means)).items())
+    coefficients = loss_coefficients(config.loss, model.conditioner_config.loss_weights, step, list(means))
+    total = sum(coefficient * means[name] for name, coefficient in coefficients.items())
     return total, {"loss": total, **means}
 
   def total_weights(params, frozen, rows):

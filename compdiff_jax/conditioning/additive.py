@@ -1,0 +1,131 @@
+"""The additive conditioner: a token that is an analysis of variance (ANOVA) of the attributes.
+
+  node  = base + sum of the main effect of each attribute + sum of the interaction of each pair of attributes
+  token = Linear(node)
+
+The projection is linear without a norm before it, so the token is additive as well. Interactions are a table with a row
+for each pair of levels; rows start at zero and an L2 penalty pulls them back there. The penalty does not grow with the
+data while the pull of the data on a row grows with the number of its examples, so a frequent pair may leave the main
+effects, a rare one hardly does (the shrinkage of a random-effects model), and a pair that training has not seen is
+exactly the sum of its main effects.
+
+An unknown attribute has no effects. `base` alone is therefore the token of "nothing is known": no nulls are needed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning import blocks
+from compdiff_jax.conditioning.config import ConditionerConfig, check_not_negative, check_rate
+from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, level_indices
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.models.config import check_positive
+from compdiff_jax.models.layers import Dense, Embed
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveConfig(ConditionerConfig):
+  """Sizes of the additive conditioner and the strength of its shrinkage.
+
+  Attributes:
+    attributes: names the conditioner uses; empty means every attribute of the schema.
+    d_node: width of the effects.
+    d_ctx: width of the cross-attention context.
+    freq_dim: number of sinusoidal features of a continuous attribute's main effect, even.
+    interaction_penalty: weight of the sum over all table rows of the mean square of a row, in the total loss.
+    aux_hidden_dim: hidden width of the auxiliary classifiers; 0 leaves them out. dropout: their dropout rate.
+  """
+
+  attributes: tuple[str, ...] = ()
+  d_node: int = 256
+  d_ctx: int = 1024
+  freq_dim: int = 128
+  interaction_penalty: float = 0.01
+  aux_hidden_dim: int = 512
+  dropout: float = 0.1
+
+  kind = "additive"
+
+  def __post_init__(self):
+    check_positive(self, "d_node", "d_ctx", "freq_dim")
+    check_not_negative(self, "interaction_penalty", "aux_hidden_dim")
+    check_rate(self, "dropout")
+    if self.freq_dim % 2:
+      raise InputError(f"field freq_dim must be even (cosines and sines), got {self.freq_dim}")
+
+  @property
+  def loss_weights(self) -> Mapping[str, float]:
+    return {"interaction": self.interaction_penalty}
+
+  def build(self, schema: Schema, rngs: nnx.Rngs) -> "Additive":
+    return Additive(self, schema, rngs=rngs)
+
+
+class Additive(nnx.Module):
+  """The additive conditioner. Members and batch layout: `conditioning.interface`."""
+
+  num_tokens = 1
+
+  def __init__(self, config: AdditiveConfig, schema: Schema, *, rngs: nnx.Rngs):
+    self.config = config
+    self.schema = config.select(schema)
+    d_node = config.d_node
+    # Base and effects start at unit size: no norm follows that would bring them to the size of the text tokens.
+    self.base = nnx.Param(jax.random.normal(rngs.params(), [d_node]))
+    for attribute in self.schema:
+      if attribute.kind == "categorical":
+        effect = Embed(attribute.num_levels, d_node, rngs=rngs)
+        effect.embedding = nnx.Param(jax.random.normal(rngs.params(), [attribute.num_levels, d_node]))
+      else:
+        effect = blocks.number_encoder(config.freq_dim, d_node, rngs)
+      setattr(self, f"effect_{attribute.name}", effect)
+    for name, pair in blocks.pairs("interaction", self.schema.names).items():
+      rows = math.prod(self.schema[part].num_levels for part in pair)
+      table = Embed(rows, d_node, rngs=rngs)
+      table.embedding = nnx.Param(jnp.zeros([rows, d_node]))
+      setattr(self, name, table)
+    self.proj_ctx = Dense(d_node, config.d_ctx, rngs=rngs)
+    if config.aux_hidden_dim:
+      for attribute in self.schema:
+        head = blocks.block(config.d_ctx, config.aux_hidden_dim, attribute.num_levels, config.dropout, rngs)
+        setattr(self, f"{attribute.name}_classifier", head)
+
+  def _main_effect(self, attribute: Attribute, values: jax.Array) -> jax.Array:
+    """Encoded values [B] -> [B, d]: of a category from a table, of a number a smooth function; 0 where unknown."""
+    effect = getattr(self, f"effect_{attribute.name}")
+    if attribute.kind == "categorical":
+      vectors = effect(jnp.maximum(values, 0))
+    else:
+      vectors = blocks.encode_number(effect, attribute, values)
+    return jnp.where(attribute.is_known(values)[:, None], vectors, 0)
+
+  def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
+    """Attributes {name: [B]} to a token [B, 1, d_ctx] and the size of the interactions."""
+    config = self.config
+    levels = {attribute.name: level_indices(attribute, attributes[attribute.name]) for attribute in self.schema}
+    node = self.base[...] + sum(self._main_effect(a, attributes[a.name]) for a in self.schema)
+    penalty = jnp.zeros([])
+    for name, pair in blocks.pairs("interaction", self.schema.names).items():
+      table = getattr(self, name)
+      row = blocks.joint_levels(levels, {part: self.schema[part].num_levels for part in pair})
+      node = node + jnp.where((row >= 0)[:, None], table(jnp.maximum(row, 0)), 0)
+      penalty = penalty + jnp.sum(jnp.mean(table.embedding[...] ** 2, axis=-1))
+    token = self.proj_ctx(node)
+    logits = {}
+    if config.aux_hidden_dim:
+      heads = {name: getattr(self, f"{name}_classifier") for name in levels}
+      masks, _ = blocks.draw(keys, dict.fromkeys(heads, (config.aux_hidden_dim,)), config.dropout, 0)
+      logits = {name: blocks.apply_block(head, token, masks[name]) for name, head in heads.items()}
+    return ConditionerOutput(
+      tokens=token[:, None],
+      logits=logits,
+      targets=levels,
+      penalties={"interaction": jnp.broadcast_to(penalty, token.shape[:1])},
+      conditioned=jnp.ones(token.shape[:1], bool),
+    )
