@@ -12,16 +12,20 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning.hcn import HCN, HCNConfig
+from compdiff_jax.conditioning.additive import AdditiveConfig
+from compdiff_jax.conditioning.config import ConditionerConfig
+from compdiff_jax.conditioning.flat import FlatConfig
+from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from compdiff_jax.diffusion.guidance import classifier_free_guidance
 from compdiff_jax.diffusion.samplers import ddim_sample
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop import keys, weights
-from compdiff_jax.interop.export_directory import write_export
-from compdiff_jax.interop.torch_files.conditioner import HierarchicalConditioner
+from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES, write_export
+from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
 from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.unet import UNet2DCondition, UNetConfig
@@ -63,10 +67,12 @@ TEXT = CLIPTextConfig(
   eos_token_id=SMALLEST_VOCABULARY - 1,
   pad_token_id=SMALLEST_VOCABULARY - 1,
 )
-# The default of this project; and what the reference released: sex and race in one token, age in the prompt, no nulls.
+# HCN as this project trains it; as the reference released it: sex and race in one token, age in the prompt, no nulls;
+# and a conditioner that also adds to the time embedding, with everything that is unknown zero.
 VARIANTS = {
   "nulls": (HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8), ()),
   "released": (HCNConfig(("sex", "race"), d_node=16, d_ctx=24, aux_hidden_dim=0, learned_nulls=False), ("age",)),
+  "time": (TypedConfig(d_node=16, d_ctx=24, d_time_emb=64, aux_hidden_dim=8, unconditional="zeros"), ()),
 }
 SCHEDULE = NoiseSchedule()
 TEXTS = ["Effusion left.", "No finding.", "Large heart."]
@@ -89,8 +95,8 @@ text_encoder = Functional(lambda rngs: CLIPTextModel(TEXT, rngs=rngs))
 UNET_PARAMS, TEXT_PARAMS, VAE_PARAMS = random_params(unet, 1), random_params(text_encoder, 2), random_params(vae, 3)
 
 
-def conditioner(config: HCNConfig) -> tuple[Functional, dict[str, jax.Array]]:
-  model = Functional(lambda rngs: HCN(config, SCHEMA, rngs=rngs))
+def conditioner(config: ConditionerConfig) -> tuple[Functional, dict[str, jax.Array]]:
+  model = Functional(lambda rngs: config.build(SCHEMA, rngs))
   rng = np.random.default_rng(4)
   return model, {name: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32) for name, x in model.shapes.items()}
 
@@ -139,11 +145,18 @@ def pipes(exported):
 
 # Compiling takes longer than running here; without LLVM's expensive passes it takes half as long.
 @functools.partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
-def sample_jax(params, tokens, unconditional, ids, negative_ids, noise, scale):
+def sample_jax(params, conditional, unconditional, ids, negative_ids, noise, scale):
   unet_params, text_params = params
-  context = jnp.concatenate([text_encoder(text_params, ids), tokens], axis=1)
-  negative = jnp.concatenate([text_encoder(text_params, negative_ids), unconditional], axis=1)
-  predict = classifier_free_guidance(functools.partial(unet, unet_params), context, negative, scale)
+
+  def context(ids, output):
+    return jnp.concatenate([text_encoder(text_params, ids), output.tokens], axis=1), output.time_vector
+
+  predict = classifier_free_guidance(
+    lambda sample, timesteps, context: unet(unet_params, sample, timesteps, *context),
+    context(ids, conditional),
+    context(negative_ids, unconditional),
+    scale,
+  )
   return ddim_sample(predict, noise, SCHEDULE, num_steps=10)
 
 
@@ -162,13 +175,15 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
   ]
   tokenizer = load_tokenizer(exported[variant] / "tokenizer")
   model, params = conditioner(config)
-  tokens = jax.jit(model)(params, encoded).tokens
-  unconditional = jax.jit(model)(params, SCHEMA.unknown(3)).tokens
+  run = jax.jit(lambda params, attributes: model(params, attributes)._replace(regressions=None))
+  conditional, unconditional = run(params, encoded), run(params, SCHEMA.unknown(3))
   noise = np.random.default_rng(5).normal(size=[3, 8, 8, 4]).astype(np.float32)
   latents = {}
   for negative_prompt in (None, "blurred"):
     negative_ids = tokenizer([negative_prompt or ""] * 3)
-    ours = sample_jax((UNET_PARAMS, TEXT_PARAMS), tokens, unconditional, tokenizer(prompts), negative_ids, noise, 4.0)
+    ours = sample_jax(
+      (UNET_PARAMS, TEXT_PARAMS), conditional, unconditional, tokenizer(prompts), negative_ids, noise, 4.0
+    )
     theirs = pipes[variant](
       TEXTS,
       negative_prompt=negative_prompt,
@@ -200,11 +215,24 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
     HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8),
     HCNConfig(("sex", "race"), d_node=16, d_ctx=24, learned_nulls=False),
     HCNConfig(("age",), d_node=16, d_ctx=24, use_uncertainty=False),
+    TypedConfig(d_node=16, d_ctx=24, num_registers=2, d_time_emb=8, freq_dim=10),
+    TypedConfig(d_node=16, d_ctx=24, multi_token=False, use_uncertainty=False, unconditional="zeros"),
+    TypedConfig(("age", "race"), d_node=16, d_ctx=24, composer="flat", flat_hidden=20, aux_hidden_dim=0),
+    TypedConfig(("sex",), d_node=16, d_ctx=24, composer="flat", num_registers=1, multi_token=True),
+    TypedConfig(d_node=16, d_ctx=24, composer="transformer", num_registers=2, d_time_emb=8),
+    TypedConfig(d_node=16, d_ctx=24, composer="transformer", multi_token=False),
+    FlatConfig(d_node=16, d_ctx=24),
+    FlatConfig(d_node=16, d_ctx=24, heads="deep", aux_hidden_dim=8, unconditional="zeros"),
+    FlatConfig(("race", "age"), d_node=16, d_ctx=24, mode="separate", heads="none"),
+    AdditiveConfig(d_node=16, d_ctx=24),
+    AdditiveConfig(("sex",), d_node=16, d_ctx=24, aux_hidden_dim=0),
   ],
 )
 def test_conditioner_equals_jax_with_wide_weights(config):
   model, params = conditioner(config)
-  theirs = HierarchicalConditioner(schema=SCHEMA.to_json(), **config.to_dict()).eval()
+  torch_class = getattr(torch_conditioners, CONDITIONER_CLASSES[config.kind])
+  fields = {name: value for name, value in config.to_dict().items() if name != "kind"}
+  theirs = torch_class(schema=SCHEMA.to_json(), **fields).eval()
   state = keys.to_torch(params)
   theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=True)
   values = {
@@ -212,7 +240,7 @@ def test_conditioner_equals_jax_with_wide_weights(config):
     "sex": ["male", None, "female", "male", "female", None, "male"],
     "race": ["white", "black", None, "hispanic", "asian", None, "white"],
   }
-  if not config.learned_nulls:
+  if not config.represents_unknown:
     values["race"][2], values["race"][1] = "asian", None
   encoded = theirs.encode_batch(values, 7)
   arrays = {name: np.asarray(encoded[name], SCHEMA[name].dtype) for name in encoded}
@@ -220,16 +248,21 @@ def test_conditioner_equals_jax_with_wide_weights(config):
   for name in values:
     np.testing.assert_array_equal(arrays[name], expected[name])
   with torch.no_grad():
-    tokens = theirs(encoded)
-    unconditional = theirs(theirs.unknown(2))
-  np.testing.assert_allclose(tokens, jax.jit(model)(params, expected).tokens, atol=1e-4, rtol=1e-5)
-  ours = jax.jit(lambda params: model(params, 2, method="unconditional_tokens"))(params)
-  np.testing.assert_allclose(unconditional, ours, atol=1e-4, rtol=1e-5)
+    conditional, unconditional = theirs(encoded), theirs(theirs.unknown(7))
+  run = jax.jit(lambda params, attributes: model(params, attributes)[:2])
+  for (tokens, time_vector), attributes in ((conditional, expected), (unconditional, SCHEMA.unknown(7))):
+    ours = run(params, attributes)
+    np.testing.assert_allclose(tokens, ours[0], atol=1e-4, rtol=1e-5)
+    assert (time_vector is None) == (ours[1] is None)
+    if time_vector is not None:
+      np.testing.assert_allclose(time_vector, ours[1], atol=1e-4, rtol=1e-5)
 
 
 def test_prompts_equal_jax():
   names = ("age", "sex", "race")
-  theirs = HierarchicalConditioner(schema=SCHEMA.to_json(), d_node=4, d_ctx=4, prompt_attributes=names)
+  theirs = torch_conditioners.HierarchicalConditioner(
+    schema=SCHEMA.to_json(), d_node=4, d_ctx=4, prompt_attributes=names
+  )
   for values in ((54.4, 1, 0), (54.5, -1, 3), (math.nan, 0, 1), (math.nan, -1, -1)):
     encoded = dict(zip(names, values))
     assert theirs.format_prompt("Clear lungs.", encoded) == format_prompt("Clear lungs.", encoded, SCHEMA, names)
@@ -316,7 +349,7 @@ def test_directory_contents(exported, pipes):
   for part in ("| sex | male, female | tokens |", "| images | 12 |", "| steps | 3 |", "No metrics", "research only"):
     assert part in card
   assert "age enters" not in card and "0 to 100 year | prompt" in (exported["released"] / "README.md").read_text()
-  assert sorted(path.name for path in directory.parent.iterdir()) == ["nulls", "released"]
+  assert sorted(path.name for path in directory.parent.iterdir()) == sorted(VARIANTS)
   assert pipes["nulls"].dtype == torch.float32
   for name in ("pipeline.py", "conditioner/conditioner.py"):
     assert "compdiff_jax" not in (directory / name).read_text()

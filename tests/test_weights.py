@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel as TorchCLIPTextModel
 
 from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.interop import keys, weights
 from compdiff_jax.models import (
   AutoencoderKL,
@@ -263,7 +265,10 @@ def test_interrupted_save_leaves_nothing_that_looks_complete(tmp_path, monkeypat
 
 def test_every_leaf_rule_is_used_and_inverts():
   used = set()
-  for _, functional, _, _ in COMPONENTS.values():
+  conditioner = TypedConfig(d_node=4, d_ctx=4, composer="transformer")
+  schema = Schema((Attribute("sex", "categorical", values=("male", "female")),))
+  functionals = [functional for _, functional, _, _ in COMPONENTS.values()]
+  for functional in (*functionals, Functional(lambda rngs: conditioner.build(schema, rngs))):
     params = _random_params(functional)
     state = keys.to_torch(params)
     assert all(tensor.flags.c_contiguous for tensor in state.values())

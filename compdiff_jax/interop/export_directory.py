@@ -1,11 +1,14 @@
-"""Writes a complete diffusers directory, from which `DiffusionPipeline.from_pretrained` builds a torch pipeline.
+"""Writes a complete diffusers directory.
 
 model_index.json    list-style class names: without `trust_remote_code=True` diffusers refuses to load the directory,
                     and so the conditioner can never be left out silently
 pipeline.py         CompDiffPipeline
-conditioner/        conditioner.py (HierarchicalConditioner), config.json with the schema, weights
+conditioner/        conditioner.py, config.json with class and schema, weights
 unet/ vae/ text_encoder/ tokenizer/ scheduler/ as in Stable Diffusion
 README.md           model card
+
+A model without a conditioner is plain Stable Diffusion and has the last two lines only. In the layout of the reference
+(`interop.reference`) it has the reference's conditioner folder beside them.
 """
 
 import json
@@ -15,10 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from compdiff_jax.cli import InputError, whole_directory, writing
-from compdiff_jax.conditioning.hcn import HCNConfig
+from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.interop import keys, reference
 from compdiff_jax.interop.model_card import model_card
-from compdiff_jax.interop.weights import save_component
+from compdiff_jax.interop.weights import save_component, save_weights
+
+# The classes of torch_files/conditioner.py.
+CONDITIONER_CLASSES = {
+  "hcn": "HierarchicalConditioner",
+  "typed": "TypedConditioner",
+  "flat": "FlatConditioner",
+  "additive": "AdditiveConditioner",
+}
 
 _TORCH_FILES = Path(__file__).parent / "torch_files"
 _DIFFUSERS_VERSION = "0.42.1"  # the version whose file formats these are
@@ -37,16 +49,19 @@ def _write_json(path: Path, data: Any) -> None:
   path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _model_index() -> dict[str, Any]:
+def _model_index(conditioner_class: str | None, scheduler_class: str) -> dict[str, Any]:
+  """The index of our pipeline, or of plain Stable Diffusion where there is no class of a conditioner."""
+  own = {"_class_name": "StableDiffusionPipeline"}
+  if conditioner_class:
+    own = {"_class_name": ["pipeline", "CompDiffPipeline"], "conditioner": ["conditioner", conditioner_class]}
   return {
-    "_class_name": ["pipeline", "CompDiffPipeline"],
+    **own,
     "_diffusers_version": _DIFFUSERS_VERSION,
-    "conditioner": ["conditioner", "HierarchicalConditioner"],
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", "DDIMScheduler"],
+    "scheduler": ["diffusers", scheduler_class],
     "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -77,10 +92,12 @@ def write_export(
   text_params: Mapping[str, Any],
   tokenizer_dir: str | Path,
   scheduler_config: Mapping[str, Any],
-  conditioner: tuple[HCNConfig, Mapping[str, Any], Schema],
+  conditioner: tuple[ConditionerConfig, Mapping[str, Any], Schema],
   prompt_attributes: Sequence[str] = (),
   card: Mapping[str, Any],
   dtype: str = "float32",
+  max_bytes: int | None = None,
+  layout: str = "compdiff",
 ) -> Path:
   """Writes the directory under a temporary name beside `out` and renames it when it is complete.
 
@@ -89,11 +106,13 @@ def write_export(
     unet_config, vae_config, text_config: model configs with `to_dict()`, the diffusers or transformers JSON.
     unet_params, vae_params, text_params: flat parameters {"a.b.kernel": array}.
     tokenizer_dir: directory of a CLIP tokenizer, copied.
-    scheduler_config: fields of `diffusion.schedule.NoiseSchedule.to_dict()`.
+    scheduler_config: the scheduler_config.json with its `_class_name`, `interop.schedulers.to_diffusers`.
     conditioner: config, flat parameters and the schema of the data set (every attribute the pipeline accepts).
     prompt_attributes: names put in front of the text, as in `data.prompts.format_prompt`.
     card: see `model_card.model_card`.
     dtype: stored type of all weights: "float32", "float16" or "bfloat16".
+    max_bytes: the most data in one file of weights; None for single files.
+    layout: "compdiff", or "reference" for the pipeline of the reference.
 
   Returns:
     `out`.
@@ -101,31 +120,38 @@ def write_export(
   config, conditioner_params, schema = conditioner
   tokenizer_dir = Path(tokenizer_dir)
   _check(schema, prompt_attributes, tokenizer_dir)
+  plain = config.kind == "none"
+  for_reference = layout == "reference" and not plain
+  shapes = keys.torch_shapes(conditioner_params)
+  fields = reference.conditioner_config(config, schema, prompt_attributes, shapes) if for_reference else {}
+  conditioner_class = None if plain or for_reference else CONDITIONER_CLASSES[config.kind]
   with whole_directory(out) as directory, writing(out):
-    used = schema.subset(config.attributes or schema.names).names
-    conditioner_config = {
-      "schema": schema.to_json(),
-      **config.to_dict(),
-      "attributes": list(used),
-      "prompt_attributes": list(prompt_attributes),
-    }
     components = {
       "unet": (unet_config.to_dict(), unet_params, "UNet2DConditionModel"),
       "vae": (vae_config.to_dict(), vae_params, "AutoencoderKL"),
       "text_encoder": ({"model_type": "clip_text_model", **text_config.to_dict()}, text_params, "CLIPTextModel"),
-      "conditioner": (conditioner_config, conditioner_params, "HierarchicalConditioner"),
     }
+    used = config.select(schema).names
+    if conditioner_class:
+      fields = {name: value for name, value in config.to_dict().items() if name != "kind"}  # the class says it
+      fields |= {"schema": schema.to_json(), "attributes": list(used), "prompt_attributes": list(prompt_attributes)}
+      components["conditioner"] = fields, conditioner_params, conditioner_class
     for name, (component_config, params, class_name) in components.items():
-      save_component(directory / name, component_config, params, class_name, dtype)
+      save_component(directory / name, component_config, params, class_name, dtype, max_bytes)
+    if for_reference:
+      folder = directory / reference.FOLDERS[config.kind]
+      folder.mkdir()
+      save_weights(folder, reference.WEIGHTS_STEM, conditioner_params, dtype)
+      _write_json(folder / "config.json", fields)
     shutil.copytree(tokenizer_dir, directory / "tokenizer")
     (directory / "scheduler").mkdir()
-    scheduler = {"_class_name": "DDIMScheduler", "_diffusers_version": _DIFFUSERS_VERSION}
-    # The fields that a NoiseSchedule leaves to the sampler; DDIM's own default would clip latents to [-1, 1].
-    scheduler |= {"clip_sample": False, "timestep_spacing": "leading", **scheduler_config}
+    scheduler = {"_diffusers_version": _DIFFUSERS_VERSION, **scheduler_config}
     _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
-    shutil.copyfile(_TORCH_FILES / "conditioner.py", directory / "conditioner" / "conditioner.py")
-    shutil.copyfile(_TORCH_FILES / "pipeline.py", directory / "pipeline.py")
-    text = model_card(card, schema, used, prompt_attributes, config.learned_nulls)
+    if conditioner_class:
+      shutil.copyfile(_TORCH_FILES / "conditioner.py", directory / "conditioner" / "conditioner.py")
+      shutil.copyfile(_TORCH_FILES / "pipeline.py", directory / "pipeline.py")
+    note = reference.readme(config.kind) if for_reference else ""
+    text = model_card(card, schema, used, prompt_attributes, config.represents_unknown, bool(conditioner_class), note)
     (directory / "README.md").write_text(text)
-    _write_json(directory / "model_index.json", _model_index())
+    _write_json(directory / "model_index.json", _model_index(conditioner_class, scheduler["_class_name"]))
   return Path(out)

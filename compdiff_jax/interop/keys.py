@@ -23,6 +23,7 @@ class _Leaf(NamedTuple):
 # (leaf name, rank) -> torch. A leaf that is not here, such as `bias` or `null_age`, is the same on both sides.
 _LEAVES = {
   ("kernel", 2): _Leaf("weight", (1, 0)),  # linear: [in, out] -> [out, in]
+  ("in_proj_kernel", 2): _Leaf("in_proj_weight", (1, 0)),  # q, k and v of torch.nn.MultiheadAttention, stacked
   ("kernel", 4): _Leaf("weight", (3, 2, 0, 1)),  # convolution: HWIO -> OIHW
   ("scale", 1): _Leaf("weight", (0,)),  # norms
   ("embedding", 2): _Leaf("weight", (0, 1)),
@@ -66,6 +67,31 @@ def leaf_from_torch(key: str, tensor: np.ndarray) -> np.ndarray:
   return tensor.transpose(np.argsort(_leaf(key, tensor.ndim)[1]))
 
 
+def torch_shapes(params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """{state dict key: shape in torch's axis order} of flat JAX parameters or their specs, in their order."""
+  leaves = {key: (value.shape, _leaf(key, len(value.shape))) for key, value in params.items()}
+  return {name: tuple(shape[axis] for axis in axes) for shape, (name, axes) in leaves.values()}
+
+
+def slice_from_torch(key: str, tensor: Any, shape: Sequence[int], index: Sequence[slice]) -> np.ndarray:
+  """A slice of a parameter, read from a stored tensor without reading the rest of it.
+
+  Args:
+    key: the parameter.
+    tensor: anything that `tensor[slices]` reads a part of, in torch's axis order.
+    shape: the shape in which it is read, `Source.shape`; the stored one may end in further axes of size 1.
+    index: one slice for each axis of the parameter.
+
+  Returns:
+    The slice in our axis order, a view that need not be contiguous.
+  """
+  axes = _leaf(key, len(shape))[1]
+  parts = tuple(index[axis] for axis in axes)
+  extra = len(tensor.get_shape()) - len(shape)
+  value = tensor[(*parts, *[slice(None)] * extra)]
+  return leaf_from_torch(key, value.reshape(value.shape[: len(shape)]))
+
+
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """The torch state dict of flat JAX parameters, as contiguous NumPy arrays."""
   return {torch_key(key, value.ndim): np.ascontiguousarray(leaf_to_torch(key, value)) for key, value in params.items()}
@@ -93,10 +119,7 @@ def match(found: Mapping[str, Sequence[int]], shapes: Mapping[str, Any], source:
   Raises:
     InputError: keys are missing or left over, or have another shape; lists them.
   """
-  targets = {}
-  for key, spec in shapes.items():
-    name, axes = _leaf(key, len(spec.shape))
-    targets[name] = (key, tuple(spec.shape[axis] for axis in axes))
+  targets = {name: (key, wanted) for key, (name, wanted) in zip(shapes, torch_shapes(shapes).items())}
 
   sources, unexpected, misshapen = {}, [], []
   for name, shape in found.items():

@@ -39,7 +39,13 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def model_card(
-  card: Mapping[str, Any], schema: Schema, used: Sequence[str], prompt_attributes: Sequence[str], learned_nulls: bool
+  card: Mapping[str, Any],
+  schema: Schema,
+  used: Sequence[str],
+  prompt_attributes: Sequence[str],
+  represents_unknown: bool,
+  pipeline: bool = True,
+  note: str = "",
 ) -> str:
   """The model card as Markdown.
 
@@ -49,7 +55,9 @@ def model_card(
     schema: attributes the pipeline accepts.
     used: names that the conditioner turns into tokens.
     prompt_attributes: names that are put in front of the text.
-    learned_nulls: whether a single attribute may be unknown.
+    represents_unknown: whether a single attribute may be unknown.
+    pipeline: whether the directory has our pipeline, which takes attributes; plain Stable Diffusion takes a text.
+    note: a section of its own, Markdown.
   """
   name = card.get("name", "CompDiff model")
   keywords = ", ".join(f"{a.name}={_example(a)}" for a in schema)
@@ -60,23 +68,29 @@ def model_card(
     rows.append([attribute.name, _describe(attribute), " and ".join(filter(None, role)) or "not used"])
   unknown = (
     "Leave an attribute out, or give `None`, where it is unknown."
-    if learned_nulls
+    if represents_unknown
     else f"Give all of {', '.join(used)}, or none of them: this model has no representation of a single unknown one."
   )
+  trust = ", trust_remote_code=True" if pipeline else ""
+  arguments = ", ".join(filter(None, [repr(card.get("text", "")), keywords if pipeline else ""]))
+  how = (
+    f"`trust_remote_code=True` runs `pipeline.py` and `conditioner/conditioner.py` of this directory. {unknown} "
+    "Values outside the table are refused. Lists give a batch; `negative_prompt`, `guidance_scale`, "
+    "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion."
+  )
+  conditioned = " with hierarchical demographic conditioning (CompDiff)" if used else ""
   parts = [
     f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {name}",
-    "Text-to-image latent diffusion with hierarchical demographic conditioning (CompDiff), exported by compdiff-jax.",
+    f"Text-to-image latent diffusion{conditioned}, exported by compdiff-jax.",
     "## Use",
     "```python\n"
     "from diffusers import DiffusionPipeline\n\n"
-    'pipe = DiffusionPipeline.from_pretrained("path/to/this/directory", trust_remote_code=True)\n'
-    f"image = pipe({card.get('text', '')!r}, {keywords}).images[0]\n"
+    f'pipe = DiffusionPipeline.from_pretrained("path/to/this/directory"{trust})\n'
+    f"image = pipe({arguments}).images[0]\n"
     "```",
-    f"`trust_remote_code=True` runs `pipeline.py` and `conditioner/conditioner.py` of this directory. {unknown} "
-    "Values outside the table are refused. Lists give a batch; `negative_prompt`, `guidance_scale`, "
-    "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion.",
-    "## Attributes",
-    _table(["attribute", "values", "enters as"], rows),
+    *([how] if pipeline else []),
+    *([note] if note else []),
+    *(["## Attributes", _table(["attribute", "values", "enters as"], rows)] if rows else []),
   ]
   for key, title in _SECTIONS.items():
     if card.get(key):

@@ -1,28 +1,38 @@
 """Component directories of diffusers and transformers (unet, vae, text_encoder): config.json and safetensors files.
 
-Needs NumPy and safetensors only, in both directions.
+Needs NumPy and safetensors only, in both directions; pickles are read only where they are asked for.
 """
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from compdiff_jax import sharding
 from compdiff_jax.cli import InputError, whole_directory, writing
-from compdiff_jax.interop import keys
+from compdiff_jax.interop import keys, safetensors_file
+from compdiff_jax.interop.pickles import read_pickle
 from compdiff_jax.models.functional import Functional
 
 _CONFIG = "config.json"
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _TRANSFORMERS_STEM = "model"
 _TRANSFORMERS_CLASSES = frozenset({"CLIPTextModel"})
+_VARIANTS = ("fp16", "bf16")
+
+
+class WeightFiles(NamedTuple):
+  """Files that hold one state dict, and the one that names them: a single file twice, or an index and its shards."""
+
+  source: Path
+  files: tuple[Path, ...]
 
 
 def read_config(directory: str | Path, class_name: str) -> dict[str, Any]:
@@ -30,37 +40,64 @@ def read_config(directory: str | Path, class_name: str) -> dict[str, Any]:
   directory = Path(directory)
   if not directory.is_dir():
     raise InputError(f"{directory} is not a directory; give one with a {class_name}")
-  config = _read_json(directory / _CONFIG)
+  config = read_json(directory / _CONFIG)
   described = config.get("_class_name") or (config.get("architectures") or [class_name])[0]
   if described != class_name:
     raise InputError(f"{directory / _CONFIG} describes a {described}; give a directory with a {class_name}")
   return config
 
 
-def load_component(directory: str | Path, functional: Functional) -> dict[str, jax.Array]:
-  """The parameters of `functional` from the safetensors files of a component directory, as float32.
+def load_component(directory: str | Path, functional: Functional, mesh: Mesh | None = None) -> dict[str, jax.Array]:
+  """The parameters of `functional` from the safetensors files of a component directory: `find_weights` and `load`."""
+  return load(find_weights(Path(directory)), functional, mesh)
 
-  Accepts one file or shards with an index, float32, float16 or bfloat16 values, and the keys of older releases.
-  Tensors are read one at a time: beyond the result, memory holds one of them.
+
+def load(weights: WeightFiles, functional: Functional, mesh: Mesh | None = None) -> dict[str, jax.Array]:
+  """Reads parameters straight into sharded float32 arrays: each device's shard is a slice of the file.
+
+  Accepts float32, float16 and bfloat16 values and the keys of older releases. Beyond the result, memory holds one
+  tensor; no device ever holds more than its share.
+
+  Args:
+    weights: the files.
+    functional: the model.
+    mesh: its axis `fsdp` splits the parameters, `sharding.parameter_spec`. Without one they are split over all devices.
 
   Raises:
-    InputError: nothing to read, a broken file, or keys and shapes that differ from the model's.
+    InputError: a broken file, or keys and shapes that differ from the model's.
   """
-  source, files = _weight_files(Path(directory))
-  with contextlib.ExitStack() as stack:
-    tensors = {}
-    for path in files:
-      tensors |= _open_safetensors(path, stack)
-    matched = keys.match({name: tensor.get_shape() for name, tensor in tensors.items()}, functional.shapes, str(source))
+  mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+  with _opened(weights) as tensors:
+    matched = keys.match(
+      {name: tensor.get_shape() for name, tensor in tensors.items()}, functional.shapes, str(weights.source)
+    )
+    placed = sharding.tree_shardings(dict(functional.shapes), (), mesh)
     params = {}
     for key, (name, shape) in matched.items():
-      value = keys.leaf_from_torch(key, tensors[name][...].reshape(shape))
-      params[key] = jnp.asarray(value, functional.shapes[key].dtype)
+      spec = functional.shapes[key]
+      params[key] = jax.make_array_from_callback(
+        spec.shape,
+        placed[key],
+        lambda index, key=key, name=name, shape=shape, dtype=spec.dtype: keys.slice_from_torch(
+          key, tensors[name], shape, index
+        ).astype(dtype),
+      )
   return params
 
 
+def stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+  """{key of the state dict: shape}, without reading a tensor."""
+  with _opened(weights) as tensors:
+    return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+
 def save_component(
-  directory: str | Path, config: Mapping[str, Any], params: Mapping[str, Any], class_name: str, dtype: Any = np.float32
+  directory: str | Path,
+  config: Mapping[str, Any],
+  params: Mapping[str, Any],
+  class_name: str,
+  dtype: str = "float32",
+  max_bytes: int | None = None,
 ) -> None:
   """Writes a component directory that `class_name.from_pretrained(directory)` loads.
 
@@ -69,62 +106,110 @@ def save_component(
     config: the `to_dict()` of the model's config.
     params: flat JAX parameters.
     class_name: the class of diffusers or transformers, for example "UNet2DConditionModel".
-    dtype: the stored type: float32, float16 or bfloat16.
+    dtype: the stored type: "float32", "float16" or "bfloat16".
+    max_bytes: the most data in one file; None for a single file.
   """
   if class_name in _TRANSFORMERS_CLASSES:
-    stem, config = _TRANSFORMERS_STEM, {"architectures": [class_name], "dtype": jnp.dtype(dtype).name, **config}
+    stem, config = _TRANSFORMERS_STEM, {"architectures": [class_name], "dtype": dtype, **config}
   else:
     stem, config = _DIFFUSERS_STEM, {"_class_name": class_name, **config}
   with whole_directory(directory) as partial, writing(directory):
-    tensors = keys.to_torch({key: np.asarray(value).astype(dtype, copy=False) for key, value in params.items()})
-    # Transformers refuses a file whose metadata does not name a framework.
-    save_file(tensors, partial / f"{stem}.safetensors", metadata={"format": "pt"})
+    save_weights(partial, stem, params, dtype, max_bytes)
     (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _weight_files(directory: Path) -> tuple[Path, list[Path]]:
-  """(the file that names the weights, the files that hold them): one file twice, or an index and its shards."""
+def save_weights(
+  directory: Path, stem: str, params: Mapping[str, Any], dtype: str = "float32", max_bytes: int | None = None
+) -> None:
+  """Writes the torch state dict of flat JAX parameters as `<stem>.safetensors`, or in shards."""
+  shapes = keys.torch_shapes(params)
+  names = dict(zip(shapes, params))
+
+  def read(name: str) -> np.ndarray:
+    key = names[name]
+    return keys.leaf_to_torch(key, np.asarray(params[key]).astype(jnp.dtype(dtype), copy=False))
+
+  safetensors_file.write_shards(directory, stem, shapes, dtype, read, max_bytes)
+
+
+def find_weights(
+  directory: Path, allow_pickle: bool = False, stems: Sequence[str] = (_DIFFUSERS_STEM, _TRANSFORMERS_STEM)
+) -> WeightFiles:
+  """The weight files of a directory: one file or shards with an index, full precision before half, in any of `stems`.
+
+  Args:
+    directory: a component directory.
+    allow_pickle: also accept `.bin` files, where there is nothing better.
+    stems: names that the files may have. transformers calls a pickle `pytorch_model`, which counts as `model`.
+  """
   if not directory.is_dir():
     raise InputError(f"{directory} is not a directory; give a diffusers component directory")
-  source = next((directory / name for name in _file_names() if (directory / name).is_file()), None)
+  names = [*_file_names(stems, "safetensors")]
+  if allow_pickle:
+    pickled = [stem if stem.startswith(_DIFFUSERS_STEM) else f"pytorch_{stem}" for stem in stems]
+    names += _file_names(pickled, "bin")
+  source = next((directory / name for name in names if (directory / name).is_file()), None)
   if source is None:
     pickles = sorted(path.name for path in directory.glob("*.bin"))
-    remedy = f"convert {pickles[0]} to safetensors" if pickles else "give a diffusers component directory"
-    raise InputError(f"{directory} has no {_DIFFUSERS_STEM}.safetensors or {_TRANSFORMERS_STEM}.safetensors; {remedy}")
-  if source.suffix == ".safetensors":
-    return source, [source]
+    remedy = "give a diffusers component directory"
+    if pickles and not allow_pickle:
+      remedy = f"convert {pickles[0]} to safetensors, or import it with compdiff import --allow-pickle"
+    raise InputError(f"{directory} has no {' or '.join(f'{stem}.safetensors' for stem in stems)}; {remedy}")
+  if source.suffix != ".json":
+    return WeightFiles(source, (source,))
 
-  weight_map = _read_json(source).get("weight_map")
+  weight_map = read_json(source).get("weight_map")
   if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
     raise InputError(f"{source} has no weight_map of file names; copy it again")
-  shards = [directory / Path(name).name for name in sorted(set(weight_map.values()))]
+  shards = tuple(directory / Path(name).name for name in sorted(set(weight_map.values())))
   for shard in shards:
     if not shard.is_file():
       raise InputError(f"{shard} is missing, though {source.name} names it; copy it again")
-  return source, shards
+  return WeightFiles(source, shards)
 
 
-def _file_names() -> Iterator[str]:
-  """Names of weight files in order of preference: full precision before the fp16 variant, one file before shards."""
-  stems = (_DIFFUSERS_STEM, _TRANSFORMERS_STEM)
+def _file_names(stems: Sequence[str], suffix: str) -> Iterator[str]:
+  """Names of weight files in order of preference: full precision before half, one file before shards."""
   for stem in stems:
-    yield f"{stem}.safetensors"
-    yield f"{stem}.safetensors.index.json"
-  for stem in stems:
-    yield f"{stem}.fp16.safetensors"
-    yield f"{stem}.safetensors.index.fp16.json"
+    yield f"{stem}.{suffix}"
+    yield f"{stem}.{suffix}.index.json"
+  for variant in _VARIANTS:
+    for stem in stems:
+      yield f"{stem}.{variant}.{suffix}"
+      yield f"{stem}.{suffix}.index.{variant}.json"
 
 
-def _open_safetensors(path: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-  """The tensors of a file by name, not yet read; the file stays open as long as `stack`."""
-  try:
-    file = stack.enter_context(safe_open(path, framework="numpy"))
-  except (SafetensorError, OSError) as error:
-    raise InputError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
-  return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not iterable)
+class _Loaded:
+  """A tensor in memory with the interface of a slice of a safetensors file."""
+
+  def __init__(self, array: np.ndarray):
+    self._array = array
+
+  def get_shape(self) -> list[int]:
+    return list(self._array.shape)
+
+  def __getitem__(self, index: Any) -> np.ndarray:
+    return self._array[index]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _opened(weights: WeightFiles) -> Iterator[dict[str, Any]]:
+  """The tensors by name, not yet read: `tensor.get_shape()`, `tensor[index]`."""
+  with contextlib.ExitStack() as stack:
+    tensors = {}
+    for path in weights.files:
+      if path.suffix == ".bin":
+        tensors |= {name: _Loaded(array) for name, array in read_pickle(path).items()}
+        continue
+      try:
+        file = stack.enter_context(safe_open(path, framework="numpy"))
+      except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+      tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not iterable)
+    yield tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
   """The JSON object in a file."""
   try:
     value = json.loads(path.read_text())

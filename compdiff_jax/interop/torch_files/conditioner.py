@@ -1,7 +1,7 @@
 """The demographic conditioner of this model: attributes -> tokens that follow the text tokens in cross-attention.
 
 Needs torch and diffusers only; diffusers loads it together with the pipeline. For evaluation: the model was trained
-elsewhere, so dropout and the latent's noise are left out.
+elsewhere, so dropout and the latent's noise are left out. `config.json` says which of the classes it is.
 """
 
 import itertools
@@ -23,23 +23,173 @@ def _block(d_in, d_hidden, d_out):
 
 
 class _Composer(nn.Module):
-  def __init__(self, num_nodes, d_node):
+  def __init__(self, d_in, d_hidden, d_out):
     super().__init__()
-    self.net = _block(num_nodes * d_node, 2 * d_node, d_node)
+    self.net = _block(d_in, d_hidden, d_out)
 
   def forward(self, *nodes):
     return self.net(torch.cat(nodes, dim=-1))
 
 
-class HierarchicalConditioner(ModelMixin, ConfigMixin):
+def _number_encoder(num_features, d_out):
+  return nn.Sequential(nn.Linear(num_features, d_out), nn.SiLU(), nn.Linear(d_out, d_out))
+
+
+def _projection(d_in, d_out):
+  return nn.Sequential(nn.LayerNorm(d_in), nn.Linear(d_in, d_out))
+
+
+class _Conditioner(ModelMixin, ConfigMixin):
+  """What all conditioners do with a user's values: check them, encode them, put them in front of a prompt."""
+
+  # Whether a single unknown attribute has a representation of its own. If not, all are given or none.
+  represents_unknown = True
+
+  def _read_schema(self, schema, attributes):
+    self.schema = {attribute["name"]: attribute for attribute in schema}
+    self.names = [name for name in self.schema if name in attributes or not attributes]
+
+  def _is_categorical(self, name):
+    return self.schema[name]["kind"] == "categorical"
+
+  def _num_levels(self, name):
+    attribute = self.schema[name]
+    return len(attribute["values"]) if self._is_categorical(name) else len(attribute["bins"]) + 1
+
+  def describe(self, name):
+    """The values an attribute accepts, in words."""
+    attribute = self.schema[name]
+    if self._is_categorical(name):
+      return f"one of {', '.join(attribute['values'])}, or None for unknown"
+    unit = f" {attribute['unit']}" if attribute["unit"] else ""
+    return f"a number from {attribute['low']:g} to {attribute['high']:g}{unit}, or None for unknown"
+
+  def encode(self, name, value):
+    """One value as a category index or a number; -1 or NaN stand for unknown. `ValueError` for any other value."""
+    attribute = self.schema[name]
+    categorical = self._is_categorical(name)
+    text = "" if value is None else str(value).strip()
+    if text.lower() in _UNKNOWN_TEXTS:
+      return -1 if categorical else math.nan
+    if categorical and text in attribute["values"]:
+      return attribute["values"].index(text)
+    if not categorical and not isinstance(value, bool):
+      try:
+        number = float(value)
+      except (TypeError, ValueError):
+        number = math.nan
+      if attribute["low"] <= number <= attribute["high"]:
+        return number
+    raise ValueError(f"{name}={value!r} is not accepted: give {self.describe(name)}")
+
+  @staticmethod
+  def is_list(values):
+    """Whether a user's value holds one entry for each sample: a list, a tuple, an array or a column of a table."""
+    return isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0
+
+  def is_known(self, name, encoded):
+    return encoded >= 0 if self._is_categorical(name) else encoded == encoded
+
+  def encode_batch(self, values, batch):
+    """User values {name: scalar or list} to encoded lists {name: [batch]} of every attribute of the schema.
+
+    A name that is left out is unknown; a scalar counts for the whole batch.
+    """
+    for name in values:
+      if name not in self.schema:
+        raise ValueError(f"unknown attribute {name!r}; this model has {', '.join(self.schema)}")
+    encoded = {}
+    for name in self.schema:
+      given = values.get(name)
+      given = list(given) if self.is_list(given) else [given] * batch
+      if len(given) != batch:
+        raise ValueError(f"{name} has {len(given)} values for a batch of {batch}; give one, or one for each prompt")
+      encoded[name] = [self.encode(name, value) for value in given]
+    if not self.represents_unknown:
+      for i in range(batch):
+        known = [name for name in self.names if self.is_known(name, encoded[name][i])]
+        if 0 < len(known) < len(self.names):
+          missing = ", ".join(name for name in self.names if name not in known)
+          raise ValueError(f"this model has no learned nulls: give {missing} too, or leave all of its attributes out")
+    return encoded
+
+  def format_prompt(self, text, encoded):
+    """`text` with the known `prompt_attributes` of one sample in front of it, as the model was trained."""
+    phrases = []
+    for name in self.config.prompt_attributes:
+      attribute, value = self.schema[name], encoded[name]
+      if not self.is_known(name, value):
+        continue
+      if self._is_categorical(name):
+        phrases.append(attribute["values"][value])
+      else:
+        years = attribute["unit"] == "year"
+        phrases.append(f"{value:.0f} year old" if years else f"{value:g} {attribute['unit']}")
+    return f"{' '.join(phrases)}. {text}" if phrases else text
+
+  def _levels(self, name, encoded):
+    """Category or bin index of encoded values, int64 [B]; -1 where unknown."""
+    if self._is_categorical(name):
+      return torch.tensor(encoded, dtype=torch.int64, device=self.device)
+    values = self._numbers(encoded)
+    edges = torch.tensor(self.schema[name]["bins"], dtype=torch.float32, device=self.device)
+    level = torch.searchsorted(edges, torch.nan_to_num(values), right=True)
+    return torch.where(torch.isnan(values), -1, level)
+
+  def _numbers(self, encoded):
+    # float32 whatever the weights are: 59.99 years must not become 60.
+    return torch.tensor(encoded, dtype=torch.float32, device=self.device)
+
+  def _encode_number(self, encoder, encoded):
+    """Sinusoids of numbers in their own unit, cosines first, through `encoder`: [B] -> [B, d]; anything where NaN."""
+    half = encoder[0].in_features // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=self.device) / half)
+    angles = torch.nan_to_num(self._numbers(encoded))[:, None] * frequencies
+    return encoder(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
+
+  def _add_tables(self, d_node):
+    for name in self.names:
+      setattr(self, f"emb_{name}", nn.Embedding(self._num_levels(name), d_node))
+      if self.represents_unknown:
+        setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
+
+  def _embed_levels(self, encoded):
+    """{name: [B, d]}, each row of a table or the null; and bool [B], where a sample has a representation."""
+    embeddings, known = {}, []
+    for name in self.names:
+      level = self._levels(name, encoded[name])
+      known.append((level >= 0) | self.represents_unknown)
+      embeddings[name] = getattr(self, f"emb_{name}")(level.clamp(min=0))
+      if self.represents_unknown:
+        embeddings[name] = torch.where((level >= 0)[:, None], embeddings[name], getattr(self, f"null_{name}"))
+    return embeddings, torch.stack(known).all(dim=0)
+
+  def _add_pairs(self, d_node):
+    self.pairs = list(itertools.combinations(self.names, 2))
+    for first, second in self.pairs:
+      setattr(self, f"compose_{first}_{second}", _Composer(2 * d_node, 2 * d_node, d_node))
+    if len(self.pairs) > 1:
+      self.compose_all = _Composer(len(self.pairs) * d_node, 2 * d_node, d_node)
+
+  def _compose_pairs(self, embeddings):
+    if not self.pairs:
+      return embeddings[self.names[0]]
+    nodes = [getattr(self, f"compose_{a}_{b}")(embeddings[a], embeddings[b]) for a, b in self.pairs]
+    return nodes[0] if len(nodes) == 1 else self.compose_all(*nodes)
+
+  def unknown(self, batch):
+    """Encoded lists of a batch in which every attribute is unknown."""
+    return self.encode_batch({}, batch)
+
+
+class HierarchicalConditioner(_Conditioner):
   """HCN: an embedding for each attribute, a node for each pair of attributes, one latent, one token.
 
   Args:
     schema: the attributes, in order: {"name", "kind": "categorical", "values"} or {"name", "kind": "continuous", "low",
       "high", "bins", "unit"}.
     attributes: names the network uses; empty means all. Others may still be put in front of the prompt.
-    d_node: width of the nodes.
-    d_ctx: width of the text encoder's hidden states.
+    d_node, d_ctx: widths of the nodes and of the text encoder's hidden states.
     dropout: rate used in training, kept for the record.
     use_uncertainty: whether the latent has its own mean and standard deviation.
     aux_hidden_dim: hidden width of the auxiliary classifiers (read in training only); 0: there are none.
@@ -61,130 +211,240 @@ class HierarchicalConditioner(ModelMixin, ConfigMixin):
     prompt_attributes: list = (),
   ):
     super().__init__()
-    self.schema = {attribute["name"]: attribute for attribute in schema}
-    self.names = [name for name in self.schema if name in attributes or not attributes]
-    self.pairs = list(itertools.combinations(self.names, 2))
-    for name in self.names:
-      setattr(self, f"emb_{name}", nn.Embedding(self._num_levels(name), d_node))
-      if learned_nulls:
-        setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
-      if aux_hidden_dim:
+    self._read_schema(schema, attributes)
+    self.represents_unknown = learned_nulls
+    self._add_tables(d_node)
+    self._add_pairs(d_node)
+    if aux_hidden_dim:
+      for name in self.names:
         setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, self._num_levels(name)))
-    for first, second in self.pairs:
-      setattr(self, f"compose_{first}_{second}", _Composer(2, d_node))
-    if len(self.pairs) > 1:
-      self.compose_all = _Composer(len(self.pairs), d_node)
     if use_uncertainty:
-      self.mu_head = nn.Linear(d_node, d_node)
-      self.logsigma_head = nn.Linear(d_node, d_node)
-    self.proj_ctx = nn.Sequential(nn.LayerNorm(d_node), nn.Linear(d_node, d_ctx))
-
-  def _num_levels(self, name):
-    attribute = self.schema[name]
-    return len(attribute["values"]) if attribute["kind"] == "categorical" else len(attribute["bins"]) + 1
-
-  def describe(self, name):
-    """The values an attribute accepts, in words."""
-    attribute = self.schema[name]
-    if attribute["kind"] == "categorical":
-      return f"one of {', '.join(attribute['values'])}, or None for unknown"
-    unit = f" {attribute['unit']}" if attribute["unit"] else ""
-    return f"a number from {attribute['low']:g} to {attribute['high']:g}{unit}, or None for unknown"
-
-  def encode(self, name, value):
-    """One value as a category index or a number; -1 or NaN stand for unknown. `ValueError` for any other value."""
-    attribute = self.schema[name]
-    categorical = attribute["kind"] == "categorical"
-    text = "" if value is None else str(value).strip()
-    if text.lower() in _UNKNOWN_TEXTS:
-      return -1 if categorical else math.nan
-    if categorical and text in attribute["values"]:
-      return attribute["values"].index(text)
-    if not categorical and not isinstance(value, bool):
-      try:
-        number = float(value)
-      except (TypeError, ValueError):
-        number = math.nan
-      if attribute["low"] <= number <= attribute["high"]:
-        return number
-    raise ValueError(f"{name}={value!r} is not accepted: give {self.describe(name)}")
-
-  @staticmethod
-  def is_list(values):
-    """Whether a user's value holds one entry for each sample: a list, a tuple, an array or a column of a table."""
-    return isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0
-
-  def is_known(self, name, encoded):
-    return encoded >= 0 if self.schema[name]["kind"] == "categorical" else encoded == encoded
-
-  def encode_batch(self, values, batch):
-    """User values {name: scalar or list} to encoded lists {name: [batch]} of every attribute of the schema.
-
-    A name that is left out is unknown; a scalar counts for the whole batch.
-    """
-    for name in values:
-      if name not in self.schema:
-        raise ValueError(f"unknown attribute {name!r}; this model has {', '.join(self.schema)}")
-    encoded = {}
-    for name in self.schema:
-      given = values.get(name)
-      given = list(given) if self.is_list(given) else [given] * batch
-      if len(given) != batch:
-        raise ValueError(f"{name} has {len(given)} values for a batch of {batch}; give one, or one for each prompt")
-      encoded[name] = [self.encode(name, value) for value in given]
-    if not self.config.learned_nulls:
-      for i in range(batch):
-        known = [name for name in self.names if self.is_known(name, encoded[name][i])]
-        if 0 < len(known) < len(self.names):
-          missing = ", ".join(name for name in self.names if name not in known)
-          raise ValueError(f"this model has no learned nulls: give {missing} too, or leave all of its attributes out")
-    return encoded
-
-  def format_prompt(self, text, encoded):
-    """`text` with the known `prompt_attributes` of one sample in front of it, as the model was trained."""
-    phrases = []
-    for name in self.config.prompt_attributes:
-      attribute, value = self.schema[name], encoded[name]
-      if not self.is_known(name, value):
-        continue
-      if attribute["kind"] == "categorical":
-        phrases.append(attribute["values"][value])
-      else:
-        years = attribute["unit"] == "year"
-        phrases.append(f"{value:.0f} year old" if years else f"{value:g} {attribute['unit']}")
-    return f"{' '.join(phrases)}. {text}" if phrases else text
-
-  def _levels(self, name, encoded):
-    """Category or bin index of encoded values, int64 [B]; -1 where unknown."""
-    attribute = self.schema[name]
-    if attribute["kind"] == "categorical":
-      return torch.tensor(encoded, dtype=torch.int64, device=self.device)
-    # float32 whatever the weights are: 59.99 years must not become 60.
-    values = torch.tensor(encoded, dtype=torch.float32, device=self.device)
-    edges = torch.tensor(attribute["bins"], dtype=torch.float32, device=self.device)
-    level = torch.searchsorted(edges, torch.nan_to_num(values), right=True)
-    return torch.where(torch.isnan(values), -1, level)
+      self.mu_head, self.logsigma_head = nn.Linear(d_node, d_node), nn.Linear(d_node, d_node)
+    self.proj_ctx = _projection(d_node, d_ctx)
 
   def forward(self, encoded):
-    """Encoded lists {name: [B]} to tokens [B, 1, d_ctx]; the zero token where unknown values have no learned null."""
-    levels = {name: self._levels(name, encoded[name]) for name in self.names}
-    embeddings = {}
-    for name, level in levels.items():
-      embedding = getattr(self, f"emb_{name}")(level.clamp(min=0))
-      if self.config.learned_nulls:
-        embedding = torch.where((level >= 0)[:, None], embedding, getattr(self, f"null_{name}"))
-      embeddings[name] = embedding
-    if self.pairs:
-      nodes = [getattr(self, f"compose_{a}_{b}")(embeddings[a], embeddings[b]) for a, b in self.pairs]
-      h = nodes[0] if len(nodes) == 1 else self.compose_all(*nodes)
-    else:
-      h = embeddings[self.names[0]]
+    """Encoded lists {name: [B]} to tokens [B, 1, d_ctx] (zeros where unknown values have no learned null), and None."""
+    embeddings, known = self._embed_levels(encoded)
+    h = self._compose_pairs(embeddings)
     token = self.proj_ctx(self.mu_head(h) if self.config.use_uncertainty else h)
-    if not self.config.learned_nulls:
-      known = torch.stack([level >= 0 for level in levels.values()]).all(dim=0)
-      token = torch.where(known[:, None], token, 0)
-    return token[:, None]
+    return torch.where(known[:, None], token, 0)[:, None], None
 
-  def unknown(self, batch):
-    """Encoded lists of a batch in which every attribute is unknown."""
-    return self.encode_batch({}, batch)
+
+class TypedConditioner(_Conditioner):
+  """CompDiff-2: tables for categories, sinusoids for numbers, one node of the whole and one of each attribute.
+
+  Args:
+    schema, attributes, d_node, d_ctx, dropout, use_uncertainty, aux_hidden_dim, prompt_attributes: as in
+      HierarchicalConditioner.
+    composer: "hierarchical", "transformer" or "flat".
+    multi_token, num_registers: whether each attribute has a token beside the one of the whole; further tokens.
+    d_time_emb: width of the vector that is added to the UNet's time embedding; 0: there is none.
+    freq_dim: number of sinusoids of a number.
+    flat_hidden, transformer_layers, transformer_heads: sizes of the composers.
+    unconditional: whether a sample of which nothing is known gets the tokens of the learned "nulls", or "zeros".
+  """
+
+  @register_to_config
+  def __init__(
+    self,
+    schema: list,
+    attributes: list = (),
+    d_node: int = 256,
+    d_ctx: int = 1024,
+    composer: str = "hierarchical",
+    multi_token: bool = True,
+    num_registers: int = 0,
+    d_time_emb: int = 0,
+    freq_dim: int = 128,
+    flat_hidden: int = 664,
+    transformer_layers: int = 2,
+    transformer_heads: int = 4,
+    dropout: float = 0.1,
+    use_uncertainty: bool = True,
+    aux_hidden_dim: int = 512,
+    unconditional: str = "nulls",
+    prompt_attributes: list = (),
+  ):
+    super().__init__()
+    self._read_schema(schema, attributes)
+    width = len(self.names) * d_node
+    for name in self.names:
+      categorical = self._is_categorical(name)
+      if categorical:
+        setattr(self, f"emb_{name}", nn.Embedding(self._num_levels(name), d_node))
+      else:
+        setattr(self, f"{name}_encoder", _number_encoder(freq_dim, d_node))
+      setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
+      if multi_token:
+        setattr(self, f"proj_{name}", _projection(d_node, d_ctx))
+      if multi_token and composer == "hierarchical":
+        setattr(self, f"ctx_{name}", _Composer(2 * d_node, 2 * d_node, d_node))
+      if aux_hidden_dim:
+        head = f"{name}_{'classifier' if categorical else 'regressor'}"
+        setattr(self, head, _block(d_ctx, aux_hidden_dim, self._num_levels(name) if categorical else 1))
+    if aux_hidden_dim:
+      self.joint_classifier = _block(d_ctx, aux_hidden_dim, math.prod(map(self._num_levels, self.names)))
+    if composer == "hierarchical":
+      self._add_pairs(d_node)
+    elif composer == "flat":
+      self.flat_stage1 = _Composer(width, flat_hidden, width)
+      self.flat_stage2 = _Composer(width, flat_hidden, d_node)
+      if multi_token:
+        self.flat_stage3 = _Composer(width + d_node, flat_hidden, width)
+    else:
+      self.cls_token = nn.Parameter(torch.zeros(d_node))
+      self.type_emb = nn.Parameter(torch.zeros(len(self.names) + 1 + num_registers, d_node))
+      layer = nn.TransformerEncoderLayer(
+        d_node, transformer_heads, 2 * d_node, dropout, nn.functional.gelu, batch_first=True, norm_first=True
+      )
+      self.composer = nn.TransformerEncoder(layer, transformer_layers, enable_nested_tensor=False)
+    if num_registers:
+      self.register_tokens = nn.Parameter(torch.zeros(num_registers, d_node))
+      self.proj_reg = _projection(d_node, d_ctx)
+    if use_uncertainty:
+      self.mu_head, self.logsigma_head = nn.Linear(d_node, d_node), nn.Linear(d_node, d_node)
+    self.proj_cls = _projection(d_node, d_ctx)
+    if d_time_emb:
+      self.time_proj = nn.Linear(d_node, d_time_emb)
+
+  def _embed(self, name, encoded):
+    level = self._levels(name, encoded)
+    if self._is_categorical(name):
+      embedding = getattr(self, f"emb_{name}")(level.clamp(min=0))
+    else:
+      embedding = self._encode_number(getattr(self, f"{name}_encoder"), encoded)
+    return torch.where((level >= 0)[:, None], embedding, getattr(self, f"null_{name}"))
+
+  def _compose(self, embeddings):
+    """{name: [B, d]} to the whole [B, d], {name: context [B, d]} and the registers [B, R, d] (None: learned ones)."""
+    parts, multi = list(embeddings.values()), self.config.multi_token
+    if self.config.composer == "hierarchical":
+      h = self._compose_pairs(embeddings)
+      return h, {name: getattr(self, f"ctx_{name}")(e, h) for name, e in embeddings.items() if multi}, None
+    if self.config.composer == "flat":
+      h = self.flat_stage2(self.flat_stage1(*parts))
+      contexts = self.flat_stage3(*parts, h).chunk(len(parts), dim=-1) if multi else ()
+      return h, dict(zip(self.names, contexts)), None
+    shared = [self.cls_token, *(self.register_tokens if self.config.num_registers else [])]
+    sequence = torch.stack([*parts, *(vector.expand_as(parts[0]) for vector in shared)], dim=1)
+    out = self.composer(sequence + self.type_emb)
+    contexts = out.unbind(1) if multi else ()
+    return out[:, len(parts)], dict(zip(self.names, contexts)), out[:, len(parts) + 1 :]
+
+  def forward(self, encoded):
+    """Encoded lists {name: [B]} to tokens [B, T, d_ctx] and the time vector [B, d_time_emb] or None."""
+    embeddings = {name: self._embed(name, encoded[name]) for name in self.names}
+    h, contexts, registers = self._compose(embeddings)
+    z = self.mu_head(h) if self.config.use_uncertainty else h
+    tokens = [getattr(self, f"proj_{name}")(context) for name, context in contexts.items()]
+    tokens = torch.stack([*tokens, self.proj_cls(z)], dim=1)
+    if self.config.num_registers:
+      registers = self.register_tokens.expand(len(h), -1, -1) if registers is None else registers
+      tokens = torch.cat([tokens, self.proj_reg(registers)], dim=1)
+    time_vector = self.time_proj(z) if self.config.d_time_emb else None
+    if self.config.unconditional == "zeros":
+      known = torch.stack([self._levels(name, encoded[name]) >= 0 for name in self.names]).any(dim=0)
+      tokens = torch.where(known[:, None, None], tokens, 0)
+      time_vector = None if time_vector is None else torch.where(known[:, None], time_vector, 0)
+    return tokens, time_vector
+
+
+class FlatConditioner(_Conditioner):
+  """FLAT: embeddings of all attributes, one projection.
+
+  Args:
+    schema, attributes, d_node, d_ctx, dropout, aux_hidden_dim, prompt_attributes: as in HierarchicalConditioner.
+    mode: "single" (one token of all attributes) or "separate" (one for each).
+    heads: auxiliary classifiers (read in training only): "shallow", "deep" or "none".
+    unconditional: whether unknown values have learned "nulls"; with "zeros" all are given or none.
+  """
+
+  @register_to_config
+  def __init__(
+    self,
+    schema: list,
+    attributes: list = (),
+    d_node: int = 256,
+    d_ctx: int = 1024,
+    mode: str = "single",
+    heads: str = "shallow",
+    aux_hidden_dim: int = 512,
+    dropout: float = 0.1,
+    unconditional: str = "nulls",
+    prompt_attributes: list = (),
+  ):
+    super().__init__()
+    self._read_schema(schema, attributes)
+    self.represents_unknown = unconditional == "nulls"
+    self._add_tables(d_node)
+    for name in self.names:
+      levels = self._num_levels(name)
+      if mode == "separate":
+        setattr(self, f"proj_{name}", nn.Linear(d_node, d_ctx))
+      if heads != "none":
+        head = nn.Linear(d_ctx, levels) if heads == "shallow" else _block(d_ctx, aux_hidden_dim, levels)
+        setattr(self, f"cls_{name}", head)
+    if mode == "single":
+      width = 2 * d_node
+      self.fusion = nn.Sequential(
+        nn.Linear(len(self.names) * d_node, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, d_ctx)
+      )
+
+  def forward(self, encoded):
+    """Encoded lists {name: [B]} to tokens [B, T, d_ctx] (zeros where unknown values have no learned null), and None."""
+    embeddings, known = self._embed_levels(encoded)
+    if self.config.mode == "single":
+      tokens = self.fusion(torch.cat(list(embeddings.values()), dim=-1))[:, None]
+    else:
+      tokens = torch.stack([getattr(self, f"proj_{name}")(e) for name, e in embeddings.items()], dim=1)
+    return torch.where(known[:, None, None], tokens, 0), None
+
+
+class AdditiveConditioner(_Conditioner):
+  """A token that is the sum of a base, the main effect of each attribute and the interaction of each pair.
+
+  Args:
+    schema, attributes, d_node, d_ctx, dropout, aux_hidden_dim, prompt_attributes: as in HierarchicalConditioner.
+    freq_dim: number of sinusoids of a number.
+    interaction_penalty: strength of the shrinkage in training, kept for the record.
+  """
+
+  @register_to_config
+  def __init__(
+    self,
+    schema: list,
+    attributes: list = (),
+    d_node: int = 256,
+    d_ctx: int = 1024,
+    freq_dim: int = 128,
+    interaction_penalty: float = 0.01,
+    aux_hidden_dim: int = 512,
+    dropout: float = 0.1,
+    prompt_attributes: list = (),
+  ):
+    super().__init__()
+    self._read_schema(schema, attributes)
+    self.base = nn.Parameter(torch.zeros(d_node))
+    for name in self.names:
+      levels = self._num_levels(name)
+      effect = nn.Embedding(levels, d_node) if self._is_categorical(name) else _number_encoder(freq_dim, d_node)
+      setattr(self, f"effect_{name}", effect)
+      if aux_hidden_dim:
+        setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, levels))
+    for a, b in itertools.combinations(self.names, 2):
+      setattr(self, f"interaction_{a}_{b}", nn.Embedding(self._num_levels(a) * self._num_levels(b), d_node))
+    self.proj_ctx = nn.Linear(d_node, d_ctx)
+
+  def forward(self, encoded):
+    """Encoded lists {name: [B]} to tokens [B, 1, d_ctx], and None. An unknown value adds nothing."""
+    levels = {name: self._levels(name, encoded[name]) for name in self.names}
+    node = self.base
+    for name, level in levels.items():
+      effect, categorical = getattr(self, f"effect_{name}"), self._is_categorical(name)
+      vectors = effect(level.clamp(min=0)) if categorical else self._encode_number(effect, encoded[name])
+      node = node + torch.where((level >= 0)[:, None], vectors, 0)
+    for a, b in itertools.combinations(self.names, 2):
+      row = (levels[a] * self._num_levels(b) + levels[b]).clamp(min=0)
+      known = (levels[a] >= 0) & (levels[b] >= 0)
+      node = node + torch.where(known[:, None], getattr(self, f"interaction_{a}_{b}")(row), 0)
+    return self.proj_ctx(node)[:, None], None

@@ -4,6 +4,7 @@ Needs torch, diffusers and transformers only. Load it with
 `DiffusionPipeline.from_pretrained(directory, trust_remote_code=True)`.
 """
 
+import contextlib
 import inspect
 import json
 import shutil
@@ -119,21 +120,36 @@ class CompDiffPipeline(StableDiffusionPipeline):
 
     guided = guidance_scale > 1
     text, negative_text = self.encode_prompt(prompts, self._execution_device, 1, guided, negatives)
-    tokens = self.conditioner(encoded).to(text)
-    context, negative_context = torch.cat([text, tokens], dim=1), None
+    tokens, time_vector = self.conditioner(encoded)
+    context, negative_context, time_vectors = torch.cat([text, tokens.to(text)], dim=1), None, [time_vector]
     if guided:
-      tokens = self.conditioner(self.conditioner.unknown(batch)).to(text)
-      negative_context = torch.cat([negative_text, tokens], dim=1)
-    return super().__call__(
-      prompt_embeds=context,
-      negative_prompt_embeds=negative_context,
-      guidance_scale=guidance_scale,
-      num_inference_steps=num_inference_steps,
-      generator=generator,
-      latents=latents,
-      output_type=output_type,
-      **options,
-    )
+      tokens, time_vector = self.conditioner(self.conditioner.unknown(batch))
+      negative_context = torch.cat([negative_text, tokens.to(text)], dim=1)
+      time_vectors.insert(0, time_vector)  # diffusers runs the negative half of the batch first
+    with self._time_vectors(time_vectors, options.get("num_images_per_prompt", 1)):
+      return super().__call__(
+        prompt_embeds=context,
+        negative_prompt_embeds=negative_context,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        latents=latents,
+        output_type=output_type,
+        **options,
+      )
+
+  @contextlib.contextmanager
+  def _time_vectors(self, vectors, num_images_per_prompt):
+    """Adds vectors [B, D] to the UNet's time embedding within the block; None where the model has none."""
+    if vectors[0] is None:
+      yield
+      return
+    added = torch.cat([vector.repeat_interleave(num_images_per_prompt, dim=0) for vector in vectors])
+    hook = self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + added.to(output))
+    try:
+      yield
+    finally:
+      hook.remove()
 
   def save_pretrained(self, save_directory, **options):
     """As in diffusers, together with the two source files, so that the directory loads again."""
