@@ -240,8 +240,9 @@ def test_conditioner_equals_jax_with_wide_weights(config):
     "sex": ["male", None, "female", "male", "female", None, "male"],
     "race": ["white", "black", None, "hispanic", "asian", None, "white"],
   }
-  if not config.represents_unknown:
-    values["race"][2], values["race"][1] = "asian", None
+  if not config.represents_unknown:  # all or nothing: row 1 becomes unknown, row 2 known
+    values["age"][1] = values["race"][1] = None
+    values["race"][2] = "asian"
   encoded = theirs.encode_batch(values, 7)
   arrays = {name: np.asarray(encoded[name], SCHEMA[name].dtype) for name in encoded}
   expected = {n: np.asarray([SCHEMA[n].encode(v) for v in values[n]], SCHEMA[n].dtype) for n in values}

@@ -327,7 +327,8 @@ class TypedConditioner(_Conditioner):
       return h, dict(zip(self.names, contexts)), None
     shared = [self.cls_token, *(self.register_tokens if self.config.num_registers else [])]
     sequence = torch.stack([*parts, *(vector.expand_as(parts[0]) for vector in shared)], dim=1)
-    out = self.composer(sequence + self.type_emb)
+    # diffusers would read `self.composer` from the config, where it is a name.
+    out = self._modules["composer"](sequence + self.type_emb)
     contexts = out.unbind(1) if multi else ()
     return out[:, len(parts)], dict(zip(self.names, contexts)), out[:, len(parts) + 1 :]
 
