@@ -43,6 +43,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "prediction_type": "epsilon",
       "steps_offset": 1,
       "set_alpha_to_one": False,
+      "rescale_betas_zero_snr": False,  # zero terminal SNR; not for epsilon
     }
   )
   config.conditioner = conditioner(kind)

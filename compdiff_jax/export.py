@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 from compdiff_jax import cli
+from compdiff_jax.diffusion.samplers import Sampler
 from compdiff_jax.interop.export_directory import write_export
+from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.workdir import open_run
 
 
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> None:
     text_config=model.text_config,
     text_params=params["text_encoder"],
     tokenizer_dir=run.tokenizer.directory,
-    scheduler_config=model.schedule.to_dict(),
+    scheduler_config=to_diffusers(model.schedule, Sampler()),
     conditioner=(model.conditioner_config, params["conditioner"], model.schema),
     prompt_attributes=tuple(config.prompt_attributes),
     card={

@@ -21,10 +21,11 @@ from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from compdiff_jax.diffusion.guidance import classifier_free_guidance
-from compdiff_jax.diffusion.samplers import ddim_sample
+from compdiff_jax.diffusion.samplers import Sampler, ddim_sample
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop import keys, weights
 from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES, write_export
+from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
 from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from compdiff_jax.models.functional import Functional
@@ -111,7 +112,7 @@ def export(out, tokenizer_dir, variant: str, **changes):
     "text_config": TEXT,
     "text_params": TEXT_PARAMS,
     "tokenizer_dir": tokenizer_dir,
-    "scheduler_config": SCHEDULE.to_dict(),
+    "scheduler_config": to_diffusers(SCHEDULE, Sampler()),
     "conditioner": (config, conditioner(config)[1], SCHEMA),
     "prompt_attributes": prompt_attributes,
     "card": {"name": "Toy", "text": "Effusion left.", "data": {"images": 12}, "recipe": {"steps": 3}},

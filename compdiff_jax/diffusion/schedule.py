@@ -26,6 +26,7 @@ class NoiseSchedule:
   prediction_type: str = "epsilon"
   steps_offset: int = 1
   set_alpha_to_one: bool = False
+  rescale_betas_zero_snr: bool = False
 
   def __post_init__(self):
     if self.beta_schedule not in _BETA_SCHEDULES:
@@ -33,6 +34,11 @@ class NoiseSchedule:
     if self.prediction_type not in PREDICTION_TYPES:
       raise InputError(
         f"scheduler: prediction_type {self.prediction_type!r}{nearest(self.prediction_type, PREDICTION_TYPES)}"
+      )
+    if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+      raise InputError(
+        "scheduler: rescale_betas_zero_snr needs prediction_type 'v_prediction' or 'sample': at the last step, which is"
+        " pure noise, the noise says nothing about the image"
       )
 
   @classmethod
@@ -48,12 +54,20 @@ class NoiseSchedule:
 
   @property
   def alphas_cumprod(self) -> np.ndarray:
-    """alpha_bar_t, float64 [num_train_timesteps]."""
+    """alpha_bar_t, float64 [num_train_timesteps].
+
+    With `rescale_betas_zero_snr` sqrt(alpha_bar) is shifted and scaled so that its last value is 0 and its first is
+    unchanged (Lin et al. 2024, Algorithm 1).
+    """
     if self.beta_schedule == "linear":
       betas = np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
     else:
       betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
-    return np.cumprod(1.0 - betas)
+    alphas_cumprod = np.cumprod(1.0 - betas)
+    if self.rescale_betas_zero_snr:
+      root = np.sqrt(alphas_cumprod)
+      alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alphas_cumprod
 
   @property
   def final_alpha_cumprod(self) -> float:
