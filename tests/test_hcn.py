@@ -1,14 +1,31 @@
 """HCN v1 and its losses against the method's formulas written in torch, torch's own losses, and counting."""
 
 import math
-import re
 
+import conditioner_parity
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as torch_functional
+from conditioner_parity import (
+  AGE,
+  BATCH,
+  CHEST,
+  LEVELS,
+  PARTLY_UNKNOWN,
+  PARTLY_UNKNOWN_LEVELS,
+  SEX,
+  block,
+  check_gradients_reach_everything,
+  embed,
+  linear,
+  norm,
+  race,
+  torch_state,
+  wide_params,
+)
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.dropout import drop_attributes
@@ -18,82 +35,31 @@ from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.functional import Functional
 
-AGE = Attribute("age", "continuous", low=0, high=100, bins=(18, 40, 60, 80), unit="year")
-SEX = Attribute("sex", "categorical", values=("male", "female"))
-
-
-def race(num_values: int) -> Attribute:
-  return Attribute("race", "categorical", values=("white", "black", "asian", "hispanic")[:num_values])
-
-
-CHEST = Schema((AGE, SEX, race(4)))
 SMALL = {"d_node": 16, "d_ctx": 24, "aux_hidden_dim": 12}
-BATCH = {
-  "age": jnp.asarray([0.0, 18.0, 39.5, 60.0, 79.0, 80.0, 100.0]),
-  "sex": jnp.asarray([0, 1, 0, 1, 1, 0, 1]),
-  "race": jnp.asarray([0, 1, 2, 3, 0, 1, 2]),
-}
-LEVELS = {"age": [0, 1, 1, 3, 3, 4, 4], "sex": [0, 1, 0, 1, 1, 0, 1], "race": [0, 1, 2, 3, 0, 1, 2]}
-PARTLY_UNKNOWN = {
-  "age": jnp.asarray([math.nan, 18.0, 39.5, math.nan, 79.0, 80.0, math.nan]),
-  "sex": jnp.asarray([0, -1, 0, -1, 1, 0, -1]),
-  "race": jnp.asarray([0, 1, -1, -1, 0, 1, -1]),
-}
-PARTLY_UNKNOWN_LEVELS = {
-  "age": [-1, 1, 1, -1, 3, 4, -1],
-  "sex": [0, -1, 0, -1, 1, 0, -1],
-  "race": [0, 1, -1, -1, 0, 1, -1],
-}
 
 
 def build(schema: Schema = CHEST, **config) -> Functional:
-  return Functional(lambda rngs: HCNConfig(**config).build(schema, rngs))
-
-
-def wide_params(model: Functional, std: float = 0.7) -> dict:
-  """Every parameter drawn with one wide deviation: log-sigma leaves its range, SiLU its linear part."""
-  rng = np.random.default_rng(0)
-  return {name: jnp.asarray(rng.normal(0, std, leaf.shape), jnp.float32) for name, leaf in model.shapes.items()}
-
-
-def torch_state(params) -> dict:
-  state = {}
-  for name, value in params.items():
-    value = np.array(value)
-    key = re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
-    state[key] = torch.from_numpy(value.T.copy() if name.endswith(".kernel") else value)
-  return state
+  return conditioner_parity.build(HCNConfig(**config), schema)
 
 
 def reference(state: dict, levels: dict, uncertainty: bool = True) -> dict:
   """HCN v1 in evaluation, from a state_dict and level indices, attribute by attribute."""
-
-  def block(prefix, x):
-    x = torch_functional.layer_norm(x, x.shape[-1:], state[f"{prefix}.0.weight"], state[f"{prefix}.0.bias"])
-    x = torch_functional.silu(x @ state[f"{prefix}.1.weight"].T + state[f"{prefix}.1.bias"])
-    return x @ state[f"{prefix}.4.weight"].T + state[f"{prefix}.4.bias"]
-
-  def embed(name):
-    rows = [state[f"emb_{name}.weight"][i] if i >= 0 else state[f"null_{name}"] for i in levels[name]]
-    return torch.stack(rows)
-
-  e = {name: embed(name) for name in levels}
+  e = {name: embed(state, name, levels[name]) for name in levels}
   if set(levels) == {"age", "sex", "race"}:
-    h_as = block("compose_age_sex.net", torch.cat([e["age"], e["sex"]], 1))
-    h_ar = block("compose_age_race.net", torch.cat([e["age"], e["race"]], 1))
-    h_sr = block("compose_sex_race.net", torch.cat([e["sex"], e["race"]], 1))
-    h = block("compose_all.net", torch.cat([h_as, h_ar, h_sr], 1))
+    h_as = block(state, "compose_age_sex.net", torch.cat([e["age"], e["sex"]], 1))
+    h_ar = block(state, "compose_age_race.net", torch.cat([e["age"], e["race"]], 1))
+    h_sr = block(state, "compose_sex_race.net", torch.cat([e["sex"], e["race"]], 1))
+    h = block(state, "compose_all.net", torch.cat([h_as, h_ar, h_sr], 1))
   elif set(levels) == {"sex", "race"}:
-    h = block("compose_sex_race.net", torch.cat([e["sex"], e["race"]], 1))
+    h = block(state, "compose_sex_race.net", torch.cat([e["sex"], e["race"]], 1))
   else:
     (h,) = e.values()
   mu, log_sigma = h, torch.zeros_like(h)
   if uncertainty:
-    mu = h @ state["mu_head.weight"].T + state["mu_head.bias"]
-    log_sigma = (h @ state["logsigma_head.weight"].T + state["logsigma_head.bias"]).clamp(-5, 1)
-  token = torch_functional.layer_norm(mu, mu.shape[-1:], state["proj_ctx.0.weight"], state["proj_ctx.0.bias"])
-  token = token @ state["proj_ctx.1.weight"].T + state["proj_ctx.1.bias"]
-  logits = {name: block(f"{name}_classifier", token) for name in levels}
+    mu = linear(state, "mu_head", h)
+    log_sigma = linear(state, "logsigma_head", h).clamp(-5, 1)
+  token = linear(state, "proj_ctx.1", norm(state, "proj_ctx.0", mu))
+  logits = {name: block(state, f"{name}_classifier", token) for name in levels}
   parts = sum(e.values())
   return {"tokens": token[:, None], "mu": mu, "log_sigma": log_sigma, "h": h, "parts": parts, "logits": logits}
 
@@ -259,19 +225,7 @@ def test_kl_without_uncertainty_is_half_the_squared_norm():
 
 @pytest.mark.parametrize("config", [{}, {"attributes": ("sex", "race"), "learned_nulls": False}])
 def test_gradients_reach_every_parameter(config):
-  model = build(**SMALL, **config)
-  params = wide_params(model, std=0.2)
-  keys = jax.random.split(jax.random.key(1), 14)
-  batch = {name: jnp.concatenate([BATCH[name], PARTLY_UNKNOWN[name]]) for name in BATCH}
-
-  def loss(params):
-    output = model(params, batch, keys=keys)
-    losses = [jnp.sum(v * w) for name, (v, w) in loss_terms(output).items() if not name.startswith("acc")]
-    return sum(losses) + jnp.sum(output.tokens**2)
-
-  grad = jax.jit(jax.grad(loss), compiler_options={"xla_llvm_disable_expensive_passes": True})
-  for name, gradient in grad(params).items():
-    assert np.all(np.isfinite(gradient)) and np.any(gradient != 0), name
+  check_gradients_reach_everything(build(**SMALL, **config))
 
 
 def test_attribute_dropout_rate_and_kinds():

@@ -1,0 +1,126 @@
+"""The additive conditioner: an analysis of variance by hand, and what shrinkage does to a pair that training lacks."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from conditioner_parity import (
+  BATCHES,
+  CHEST,
+  SEX,
+  block,
+  build,
+  check_gradients_reach_everything,
+  linear,
+  race,
+  torch_state,
+  wide_params,
+)
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.additive import AdditiveConfig
+from compdiff_jax.conditioning.losses import loss_terms
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.default_config import base
+from compdiff_jax.training.step import loss_coefficients
+
+SMALL = {"d_node": 16, "d_ctx": 24, "aux_hidden_dim": 12, "freq_dim": 10}
+
+
+def reference(state: dict, batch: dict, levels: dict) -> torch.Tensor:
+  half = state["effect_age.0.weight"].shape[1] // 2
+  frequencies = torch.tensor([1e4 ** (-k / half) for k in range(half)])
+  nodes = []
+  for i, years in enumerate(np.asarray(batch["age"]).tolist()):
+    node = state["base"].clone()
+    level = {name: column[i] for name, column in levels.items()}
+    if level["age"] >= 0:
+      angles = years * frequencies
+      hidden = linear(state, "effect_age.0", torch.cat([torch.cos(angles), torch.sin(angles)]))
+      node += linear(state, "effect_age.2", hidden * torch.sigmoid(hidden))
+    for name in ("sex", "race"):
+      node += state[f"effect_{name}.weight"][level[name]] if level[name] >= 0 else 0
+    for (a, _), (b, size) in itertools.combinations({"age": 5, "sex": 2, "race": 4}.items(), 2):
+      if level[a] >= 0 and level[b] >= 0:
+        node += state[f"interaction_{a}_{b}.weight"][level[a] * size + level[b]]
+    nodes.append(node)
+  return linear(state, "proj_ctx", torch.stack(nodes))
+
+
+def test_equals_the_sum_of_its_effects():
+  model = build(AdditiveConfig(**SMALL))
+  params, run = wide_params(model), jax.jit(model)
+  state = torch_state(params)
+  for batch, levels in BATCHES.values():
+    output = run(params, batch)
+    tokens = reference(state, batch, levels)
+    np.testing.assert_allclose(output.tokens[:, 0], tokens, atol=5e-4, rtol=5e-5)
+    np.testing.assert_allclose(output.logits["race"], block(state, "race_classifier", tokens), atol=1e-3, rtol=5e-5)
+    np.testing.assert_array_equal(output.targets["age"], levels["age"])
+  penalty = sum(float((state[name] ** 2).mean(1).sum()) for name in state if name.startswith("interaction"))
+  np.testing.assert_allclose(loss_terms(output)["interaction"][0], np.full(7, penalty), rtol=1e-5)
+  nothing = run(params, CHEST.unknown(2)).tokens
+  np.testing.assert_allclose(nothing[:, 0], linear(state, "proj_ctx", state["base"].expand(2, -1)), atol=1e-4)
+
+
+def test_interactions_start_at_zero_and_their_penalty_is_in_the_loss():
+  params = build(AdditiveConfig(**SMALL)).init(jax.random.key(0))
+  assert not any(np.any(value) for name, value in params.items() if name.startswith("interaction"))
+  own = AdditiveConfig(interaction_penalty=0.3).loss_weights
+  assert loss_coefficients(base().loss, own, jnp.int32(0), ["interaction"]) == {"interaction": 0.3}
+
+
+def test_every_parameter_gets_a_gradient():
+  check_gradients_reach_everything(build(AdditiveConfig(**SMALL)))
+
+
+def test_a_pair_that_training_lacks_is_the_sum_of_its_main_effects():
+  """A token is fitted to targets with one strong interaction; the cell that is left out keeps no interaction."""
+  schema = Schema((SEX, race(3)))
+  model = build(AdditiveConfig(d_node=3, d_ctx=3, aux_hidden_dim=0, attributes=("sex", "race")), schema)
+  cells = np.asarray([(s, r) for s in range(2) for r in range(3) if (s, r) != (1, 2)])
+  batch = {"sex": jnp.asarray(cells[:, 0]), "race": jnp.asarray(cells[:, 1])}
+  wanted = jnp.asarray([[s, r == 1, 2.0 * (s == 1 and r == 1)] for s, r in cells], jnp.float32)
+  params = {**model.init(jax.random.key(0)), "proj_ctx.kernel": jnp.eye(3), "proj_ctx.bias": jnp.zeros(3)}
+  optimizer = optax.adam(0.05)
+
+  @jax.jit
+  def fit(params):
+    def loss(params):
+      output = model(params, batch)
+      error = jnp.mean((output.tokens[:, 0] - wanted) ** 2)
+      return error + 0.01 * jnp.mean(loss_terms(output)["interaction"][0])
+
+    def step(carry, _):
+      params, state = carry
+      gradient = jax.grad(loss)(params)
+      gradient |= {name: jnp.zeros_like(x) for name, x in gradient.items() if name.startswith("proj_ctx")}
+      updates, state = optimizer.update(gradient, state, params)
+      return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=1500)[0][0]
+
+  params = fit(params)
+  table = np.asarray(params["interaction_sex_race.embedding"])
+  assert np.abs(table[5]).max() < 1e-3  # the cell without data; Adam never moved it from zero
+  assert table[4, 2] > 0.3  # the strong interaction is there
+  unseen = model(params, {"sex": jnp.asarray([1]), "race": jnp.asarray([2])}).tokens[0, 0]
+  effects = params["base"] + params["effect_sex.embedding"][1] + params["effect_race.embedding"][2]
+  np.testing.assert_allclose(unseen, effects, atol=1e-3)
+
+
+def test_sizes():
+  shapes = {name: leaf.shape for name, leaf in build(AdditiveConfig()).shapes.items()}
+  assert shapes["interaction_age_sex.embedding"] == (10, 256) and shapes["interaction_age_race.embedding"] == (20, 256)
+  assert shapes["interaction_sex_race.embedding"] == (8, 256) and shapes["effect_race.embedding"] == (4, 256)
+  assert shapes["effect_age.0.kernel"] == (128, 256) and shapes["base"] == (256,)
+
+
+@pytest.mark.parametrize("field", ["d_node", "interaction_penalty", "dropout", "freq_dim"])
+def test_refused_configs(field):
+  with pytest.raises(InputError, match=f"conditioner: .*{field}"):
+    AdditiveConfig.from_dict({field: -1.0 if field in ("interaction_penalty", "dropout") else -1})
