@@ -1,7 +1,8 @@
 """Writes one data set directory: patient-level splits, hold-outs, ArrayRecord shards, rejected rows and a data card.
 
-Every reader (`data_prep.phantom`, `data_prep.table`, ...) yields examples and calls `write_dataset`. Everything is
-written into a temporary sibling and renamed at the end, so a directory with the final name is always complete.
+Every builder (`data_prep.phantom`, `data_prep.table`, ...) yields rows (data_prep/rows.py) and calls `write_dataset`.
+Everything is written into a temporary sibling and renamed at the end, so a directory with the final name is always
+complete.
 """
 
 import argparse
@@ -9,10 +10,12 @@ import csv
 import hashlib
 import itertools
 import json
+import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,11 +25,13 @@ from compdiff_jax.cli import InputError, whole_directory, writing
 from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import SPLITS, write_description, write_split
 from data_prep import card
+from data_prep.rows import RowError
 
 FRACTIONS = (0.8, 0.1, 0.1)
 MAX_REJECTED = 0.05
 REJECTED_COLUMNS = ("file", "row", "reason")
 _SHARD_BYTES = 256 * 2**20
+_BATCH = 256
 
 
 def patient_hash(patient: str, salt: str) -> tuple[str, float]:
@@ -36,6 +41,11 @@ def patient_hash(patient: str, salt: str) -> tuple[str, float]:
   """
   digest = hashlib.sha256(f"{salt}\0{patient}".encode()).hexdigest()
   return digest[:16], int(digest[16:32], 16) / 2**64
+
+
+def key_hash(file: str, salt: str) -> str:
+  """The public name of a record that came from `file`, 16 hex digits: who knows the salt can find the file again."""
+  return hashlib.sha256(f"{salt}\0file\0{file}".encode()).hexdigest()[:16]
 
 
 def parse_cells(spec: str, schema: Schema) -> list[dict[str, int]]:
@@ -90,8 +100,8 @@ def write_dataset(
   description: str,
   size: int,
   command: str,
+  encode: Callable[[Any], bytes] = bytes,
   held_out: Sequence[Cell] = (),
-  rejected: Sequence[Mapping[str, Any]] = (),
   max_rejected: float = MAX_REJECTED,
   fractions: Sequence[float] = FRACTIONS,
   salt: str | None = None,
@@ -102,14 +112,12 @@ def write_dataset(
     out: a new or empty directory.
     name: name of the data set, used in file names; letters, digits, underscores.
     schema: the attributes.
-    examples: dicts with `key`, `patient` (original id; only its hash is stored), `image` (encoded bytes), `text`,
-      `attributes` (encoded values), `findings`, `factors`; optional `file` and `row` (where it came from, for
-      rejected.csv) and `attribution` (columns of attribution.csv; a "licence" column is counted in the card).
+    examples: the rows, rejected ones among them, as data_prep/rows.py describes them.
     description: one paragraph for the data card.
     size: image height and width in pixels, for the card.
     command: the command line, for the card; see `command_line`.
+    encode: makes the encoded image of `row["image"]`, or raises `RowError`. The default takes finished bytes.
     held_out: cells that must not occur in train and val. A patient with any image in such a cell goes to test.
-    rejected: dicts `file, row, reason`. Read after `examples` is exhausted, so a reader may append while it yields.
     max_rejected: largest accepted share of rejected rows.
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the
@@ -125,8 +133,7 @@ def write_dataset(
   salt = f"compdiff-jax/{name}" if salt is None else salt
   with whole_directory(out) as directory:
     with open(directory / "images.spool", "w+b") as spool:
-      rows, duplicates = _collect(examples, spool, schema, salt, out)
-      rejected = [*rejected, *duplicates]
+      rows, rejected = _collect(examples, encode, spool, schema, salt, out)
       _check_rejected(out, len(rows), rejected, max_rejected)
       assigned = _assign(rows, fractions)
       holdout = _hold_out(rows, assigned, schema, held_out)
@@ -168,36 +175,72 @@ def write_dataset(
 
 
 def _collect(
-  examples: Iterable[Mapping[str, Any]], spool: BinaryIO, schema: Schema, salt: str, out: Path
+  examples: Iterable[Mapping[str, Any]],
+  encode: Callable[[Any], bytes],
+  spool: BinaryIO,
+  schema: Schema,
+  salt: str,
+  out: Path,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """Reads all examples; image bytes go to the spool file, so memory holds the small columns only."""
-  rows, duplicates, first = [], [], {}
+  """Makes all images; their bytes go to the spool file, so memory holds the small columns only."""
+  rows, rejected = [], []
   position = 0
-  for number, example in enumerate(examples, start=1):
-    file, row = example.get("file", example["key"]), example.get("row", number)
-    if example["key"] in first:
-      reason = f"duplicate key: {example['key']} was first seen in row {first[example['key']]}"
-      duplicates.append({"file": file, "row": row, "reason": reason})
+  for example, image in _encoded(_unique(examples, salt), encode):
+    if isinstance(image, RowError):
+      rejected.append({"file": example["file"], "row": example["row"], "reason": str(image)})
       continue
-    first[example["key"]] = row
-    patient, draw = patient_hash(str(example["patient"]), salt)
     with writing(out):
-      spool.write(example["image"])
+      spool.write(image)
+    patient, draw = patient_hash(str(example["patient"]), salt)
     rows.append(
       {
         "key": example["key"],
         "patient": patient,
         "draw": draw,
+        "splits": tuple(example.get("splits", SPLITS)),
         "text": example["text"],
         "attributes": {a.name: a.dtype.type(example["attributes"][a.name]) for a in schema},
         "findings": json.dumps(example["findings"], sort_keys=True),
         "factors": json.dumps(example["factors"], sort_keys=True),
         "attribution": dict(example.get("attribution", {})),
-        "span": (position, len(example["image"])),
+        "span": (position, len(image)),
       }
     )
-    position += len(example["image"])
-  return rows, duplicates
+    position += len(image)
+  return rows, rejected
+
+
+def _unique(examples: Iterable[Mapping[str, Any]], salt: str) -> Iterator[dict[str, Any]]:
+  """Names every row and its place; of rows with one name the first counts, the others become rejected rows."""
+  first = {}
+  for number, example in enumerate(examples, start=1):
+    name = str(example.get("key", example.get("file")))
+    example = {"file": name, "row": number, "key": example.get("key") or key_hash(name, salt), **example}
+    if "reason" not in example:
+      if name in first:
+        example["reason"] = f"duplicate key: {name} was first seen in row {first[name]}"
+      else:
+        first[name] = example["row"]
+    yield example
+
+
+def _encoded(
+  examples: Iterable[Mapping[str, Any]], encode: Callable[[Any], bytes]
+) -> Iterator[tuple[Mapping[str, Any], bytes | RowError]]:
+  """Each row with its image or with the reason why there is none, in the order of the rows."""
+
+  def attempt(example: Mapping[str, Any]) -> bytes | RowError:
+    try:
+      if "reason" in example:
+        raise RowError(example["reason"])
+      return encode(example["image"])
+    except RowError as error:
+      return error
+
+  examples = iter(examples)
+  with ThreadPoolExecutor(os.cpu_count()) as pool:
+    while batch := list(itertools.islice(examples, _BATCH)):
+      yield from zip(batch, pool.map(attempt, batch))
 
 
 def _check_rejected(out: Path, written: int, rejected: Sequence[Mapping[str, Any]], limit: float) -> None:
@@ -219,8 +262,15 @@ def _check_rejected(out: Path, written: int, rejected: Sequence[Mapping[str, Any
 
 
 def _assign(rows: Sequence[Mapping[str, Any]], fractions: Sequence[float]) -> list[str]:
-  edges = np.cumsum(fractions)[:-1]
-  return [SPLITS[int(np.searchsorted(edges, row["draw"], side="right"))] for row in rows]
+  """The split of each row: the patient's own number decides between the splits that the row may go to."""
+  return [_choose(row["draw"], row["splits"], dict(zip(SPLITS, fractions))) for row in rows]
+
+
+def _choose(draw: float, allowed: Sequence[str], fractions: Mapping[str, float]) -> str:
+  if not any(fractions[split] for split in allowed):
+    return allowed[0]
+  edges = np.cumsum([fractions[split] for split in allowed])
+  return allowed[int(np.searchsorted(edges[:-1], draw * edges[-1], side="right"))]
 
 
 def attribute_columns(rows: Sequence[Mapping[str, Any]], schema: Schema) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
 
   name, description   of the data set
   size, resize        target size in pixels; "pad" (to a square, zeros) or "crop" (centre)
-  image, patient      columns: path relative to the image folder (also the key), patient id
+  jpeg_quality        1 to 100, or 0 to store PNG
+  image, patient      columns: path relative to the image folder, patient id
   unknown             raw values that mean "not known" in attributes, text and findings; the empty value always does
   attributes          tuple of dicts: the fields of `Attribute`, `column`, and `mapping` {raw value: value}, where a
                       value "" makes a raw value unknown; without `mapping` the raw values are the attribute's values
@@ -18,20 +19,14 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
 """
 
 import functools
-import io
-import os
 import re
 import string
-import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ml_collections
-import numpy as np
-from PIL import Image
 
 from compdiff_jax import cli
 from compdiff_jax.cli import InputError, nearest
@@ -39,58 +34,23 @@ from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.data.csv_file import FIRST_ROW, read_csv
 from data_prep import dataset
-
-_BATCH = 256
-# What Pillow raises for files that are no image, cut short, damaged or absurdly large.
-_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-class _RowError(Exception):
-  """Why one row cannot be used; "<kind>: <detail>"."""
-
-
-def encode_image(path: Path, size: int, resize: str) -> bytes:
-  """The image as PNG bytes of size x size pixels, 8 bit, grey or RGB; "pad" adds zeros, "crop" cuts the long side.
-
-  Resampling is antialiased (Lanczos). Images with more than 8 bits are scaled linearly from their own minimum and
-  maximum to 0..255. Orientation is left as stored.
-  """
-  with Image.open(path) as source:
-    source.load()
-    image = _eight_bit(source)
-  fit = max(image.size) if resize == "pad" else min(image.size)
-  width, height = (max(1, round(side * size / fit)) for side in image.size)
-  image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-  square = Image.new(image.mode, (size, size))
-  square.paste(image, ((size - width) // 2, (size - height) // 2))
-  data = io.BytesIO()
-  square.save(data, "PNG")
-  return data.getvalue()
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-  if image.mode[0] in "IF":
-    values = np.asarray(image, np.float64)
-    low, high = values.min(), values.max()
-    return Image.fromarray(np.uint8(np.round((values - low) * (255 / max(high - low, 1e-12)))))
-  return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+from data_prep.images import FolderImages, ImageOptions
+from data_prep.rows import RowError
 
 
 class TableReader:
-  """Reads the rows of a table as examples for `write_dataset`; `rejected` fills up while they are read."""
+  """The rows of a table, as data_prep/rows.py describes them; `encode` makes their images."""
 
   def __init__(self, csv_path: str | Path, images: str | Path, config: ml_collections.ConfigDict):
-    self._images = Path(images)
-    if not self._images.is_dir():
+    if not Path(images).is_dir():
       raise InputError(
         f"image folder {images} does not exist; give the folder that the column {config.image!r} refers to"
       )
     self._header, self._rows = read_csv(csv_path)
     self._config = config
-    if config.resize not in ("pad", "crop"):
-      raise InputError(f"config.resize {config.resize!r}: choose 'pad' or 'crop'")
-    if config.size < 1 or config.text.max_words < 1:
-      raise InputError("config.size and config.text.max_words must be positive")
+    self.encode = FolderImages(str(images), ImageOptions(config.size, config.resize, config.jpeg_quality))
+    if config.text.max_words < 1:
+      raise InputError(f"config.text.max_words {config.text.max_words}: give a positive number")
     self._unknown = frozenset({"", *(value.casefold() for value in config.unknown)})
     self._columns = [dict(entry) for entry in config.attributes]
     self.schema = Schema(tuple(_attribute(entry) for entry in self._columns))
@@ -102,39 +62,29 @@ class TableReader:
     for name in needed:
       if name not in self._header:
         raise InputError(f"{csv_path} has no column {name!r}, which the config uses{nearest(name, self._header)}")
-    self.rejected: list[dict[str, Any]] = []
 
   def __len__(self) -> int:
     return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
-    """Examples in table order. `row` counts as a spreadsheet does: the header is row 1."""
-    self.rejected.clear()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-      for start in range(0, len(self._rows), _BATCH):
-        numbered = enumerate(self._rows[start : start + _BATCH], start=start + FIRST_ROW)
-        for result in pool.map(lambda pair: self._read(*pair), numbered):
-          if "reason" in result:
-            self.rejected.append(result)
-          else:
-            yield result
-        if sys.stderr.isatty():
-          done = min(start + _BATCH, len(self._rows))
-          print(f"\r{done} of {len(self._rows)} rows", end="" if done < len(self._rows) else "\n", file=sys.stderr)
+    """Rows in table order. `row` counts as a spreadsheet does: the header is row 1."""
+    for number, cells in enumerate(self._rows, start=FIRST_ROW):
+      yield self._read(number, cells)
 
   def _read(self, number: int, cells: Sequence[str]) -> dict[str, Any]:
     row = {name: cell.strip() for name, cell in zip(self._header, cells)}
     file = row.get(self._config.image, "")
     try:
       if len(cells) != len(self._header):
-        raise _RowError(f"wrong number of columns: {len(cells)} instead of {len(self._header)}")
+        raise RowError(f"wrong number of columns: {len(cells)} instead of {len(self._header)}")
       if not row[self._config.patient]:
-        raise _RowError(f"no patient id: column {self._config.patient} is empty")
+        raise RowError(f"no patient id: column {self._config.patient} is empty")
+      if not file:
+        raise RowError(f"no image file: column {self._config.image} is empty")
       return {
-        "key": file,
         "patient": row[self._config.patient],
         "attributes": {e["name"]: self._encode(e, row) for e in self._columns},
-        "image": self._image(file),
+        "image": file,
         "text": self._text(row),
         "findings": self._findings(row),
         "factors": {},
@@ -142,7 +92,7 @@ class TableReader:
         "file": file,
         "row": number,
       }
-    except _RowError as error:
+    except RowError as error:
       return {"file": file, "row": number, "reason": str(error)}
 
   def _is_unknown(self, value: str) -> bool:
@@ -154,24 +104,11 @@ class TableReader:
       return attribute.unknown
     mapping = entry.get("mapping")
     if mapping and raw not in mapping:
-      raise _RowError(f"bad attribute value: {attribute.name} {raw!r} is not one of {', '.join(mapping)}")
+      raise RowError(f"bad attribute value: {attribute.name} {raw!r} is not one of {', '.join(mapping)}")
     try:
       return attribute.encode(mapping[raw] if mapping else raw)
     except ValueError as error:
-      raise _RowError(f"bad attribute value: {error}") from None
-
-  def _image(self, file: str) -> bytes:
-    if not file:
-      raise _RowError(f"no image file: column {self._config.image} is empty")
-    if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
-      raise _RowError(f"path outside the image folder: {file}")
-    path = self._images / file
-    if not path.is_file():
-      raise _RowError(f"missing image file: {path}")
-    try:
-      return encode_image(path, self._config.size, self._config.resize)
-    except _IMAGE_ERRORS as error:
-      raise _RowError(f"unreadable image: {' '.join(str(error).split())}") from None
+      raise RowError(f"bad attribute value: {error}") from None
 
   def _text(self, row: Mapping[str, str]) -> str:
     clean = {name: "" if self._is_unknown(row[name]) else self._clean(row[name]) for name in self._text_columns}
@@ -232,10 +169,10 @@ def main(argv: list[str]) -> None:
     name=config.name,
     schema=reader.schema,
     examples=reader,
+    encode=reader.encode,
     description=config.description,
     size=config.size,
     command=dataset.command_line("python -m data_prep.table", argv),
-    rejected=reader.rejected,
     **dataset.options(args, reader.schema),
   )
 

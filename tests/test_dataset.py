@@ -228,10 +228,10 @@ def test_duplicate_keys_are_rejected_rows(tmp_path, capsys):
 
 def test_too_many_rejected_rows(tmp_path):
   rejected = [{"file": f"{i}.png", "row": i, "reason": "missing image file: it"} for i in range(10)]
-  message = failure(tmp_path, examples(90), rejected=rejected)
+  message = failure(tmp_path, [*examples(90), *rejected])
   assert "10 of 100 rows rejected (10.0%, limit 5.0%" in message and "set.rejected.csv" in message
   assert read_csv(tmp_path / "set.rejected.csv")[9] == {"file": "9.png", "row": "9", "reason": rejected[9]["reason"]}
-  write(tmp_path / "set", examples(90), rejected=rejected, max_rejected=0.1)
+  write(tmp_path / "set", [*examples(90), *rejected], max_rejected=0.1)
   assert len(read_csv(tmp_path / "set/rejected.csv")) == 10
 
 

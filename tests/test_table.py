@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from compdiff_jax import cli
+from compdiff_jax.data import csv_file
 from compdiff_jax.data.records import RecordSet, decode_image
-from data_prep import table
+from data_prep import dataset, table
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("COMPDIFF_SHARED", ROOT.parent / "shared")) / "data"
@@ -47,10 +48,16 @@ def run(source, *options, config=CHEST, meta="meta.csv", images="images"):
   return cli.run(table.main, "table", [*argv, "--out", str(source / "out"), *options])
 
 
-def stored(path) -> dict[str, dict]:
+def stored(path, meta="meta.csv") -> dict[str, dict]:
+  """{image file of the table: record}; keys are hashes, so the files are found through the table."""
   opened = RecordSet(path)
   sources = [opened.split(split) for split in opened.splits]
-  return {source[i]["key"]: source[i] for source in sources for i in range(len(source))}
+  records = {source[i]["key"]: source[i] for source in sources for i in range(len(source))}
+  files = {
+    row[0]: dataset.key_hash(row[0], f"compdiff-jax/{opened.name}") for row in csv_file.read_csv(path.parent / meta)[1]
+  }
+  assert set(records) <= set(files.values())
+  return {file: records[key] for file, key in files.items() if key in records}
 
 
 def error_line(source, capsys, *options, **places) -> str:
@@ -78,7 +85,7 @@ def test_good_table(source):
   assert decode_image(records["1.png"]["image"]).shape == (16, 16, 3)
   with open(source / "out/attribution.csv") as file:
     licences = {line["key"]: line["licence"] for line in csv.DictReader(file)}
-  assert licences == {key: "CC BY 4.0" for key in records}
+  assert licences == {record["key"]: "CC BY 4.0" for record in records.values()}
 
 
 # what is wrong -> (changes to one row, reason in rejected.csv)
@@ -209,29 +216,6 @@ def test_config_mistakes(source, capsys, bad):
   assert "config." in error_line(source, capsys, config=str(source / "config.py"))
 
 
-def test_pad_and_crop(tmp_path):
-  pixels = np.zeros([40, 80], np.uint8)
-  pixels[:, 20:60] = 200  # the middle half is bright
-  Image.fromarray(pixels).save(tmp_path / "wide.png")
-  padded = decode_image(table.encode_image(tmp_path / "wide.png", 40, "pad"))[:, :, 0]
-  assert not padded[:10].any() and not padded[30:].any()  # 80x40 becomes 40x20, rows 10 to 30
-  assert (padded[12:28, 12:28] >= 199).all() and padded.shape == (40, 40)
-  cropped = decode_image(table.encode_image(tmp_path / "wide.png", 20, "crop"))[:, :, 0]
-  assert cropped.shape == (20, 20) and (cropped[:, 4:-4] == 200).all() and cropped.min() > 180
-
-
-def test_resize_is_antialiased_and_keeps_colour_and_depth(tmp_path):
-  stripes = np.zeros([64, 64, 3], np.uint8)
-  stripes[:, ::2, 0] = 255  # one pixel wide: without antialiasing they alias to 0 or 255
-  Image.fromarray(stripes).save(tmp_path / "stripes.png")
-  small = decode_image(table.encode_image(tmp_path / "stripes.png", 16, "pad"))
-  assert np.abs(small[2:-2, 2:-2, 0].astype(int) - 127).max() < 8 and not small[:, :, 1:].any()
-  deep = np.linspace(1000, 5000, 256).reshape(16, 16).astype(np.uint16)
-  Image.fromarray(deep).save(tmp_path / "deep.png")
-  values = decode_image(table.encode_image(tmp_path / "deep.png", 16, "pad"))[:, :, 0].ravel().astype(int)
-  assert values[0] == 0 and values[-1] == 255 and (np.diff(values) >= 0).all()
-
-
 # Written for the test, independently of the config's replacements.
 LEAK = re.compile(
   r"\b(\d+[- ]*(years?|yrs?|y)[- ]*old|years of age|(twen|thir|for|fif|six|seven|eigh|nine)ty|elderly|young"
@@ -282,7 +266,7 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data absent
 def test_real_chest_xrays(tmp_path):
   folder = SHARED / "chest_xray"
   assert run(tmp_path, meta=folder / "metadata.csv", images=folder / "images") == 0
-  records = stored(tmp_path / "out")
+  records = stored(tmp_path / "out", folder / "metadata.csv")
   with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as file:
     rows = {line["image"]: line for line in csv.DictReader(file)}
   assert len(rows) == len(records) == 198
@@ -307,14 +291,14 @@ def test_real_fundus_photographs_with_a_held_out_combination(tmp_path):
   cell = "eye=left,grade=moderate,maculopathy=present"
   config = str(ROOT / "configs/data/fundus.py")
   assert run(tmp_path, "--holdout", cell, config=config, meta=folder / "metadata.csv", images=folder / "images") == 0
-  opened, records = RecordSet(tmp_path / "out"), stored(tmp_path / "out")
+  opened, records = RecordSet(tmp_path / "out"), stored(tmp_path / "out", folder / "metadata.csv")
   assert opened.held_out == (cell,) and len(records) == 300
   with open(folder / "metadata.csv", newline="", encoding="utf-8-sig") as file:
     rows = list(csv.DictReader(file))
   held = {r["patient_id"] for r in rows if r["eye"] == "L" and r["class"].startswith("5 - ")}
   source = opened.split("train")
   train = {source[i]["key"] for i in range(len(source))}
-  assert held and not train & {r["image"] for r in rows if r["patient_id"] in held}
+  assert held and not train & {records[r["image"]]["key"] for r in rows if r["patient_id"] in held}
   maculopathy = {r["image"]: records[r["image"]]["attributes"]["maculopathy"] for r in rows}
   for r in rows:
     expected = -1 if "ADED" in r["class"] else int("with mac" in r["class"])

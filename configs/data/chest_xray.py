@@ -45,6 +45,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.size = 64
   config.resize = "pad"
+  config.jpeg_quality = 0
   config.image = "image"
   config.patient = "patient_id"
   config.unknown = ("todo",)

@@ -1,5 +1,5 @@
 """A procedural chest phantom: images, clinical texts and exact ground truth without any download."""
 
-from data_prep.phantom.population import FACTORS, FINDINGS, SCHEMA, example, examples
+from data_prep.phantom.population import FACTORS, FINDINGS, SCHEMA, PhantomImages, example, rows
 
-__all__ = ["FACTORS", "FINDINGS", "SCHEMA", "example", "examples"]
+__all__ = ["FACTORS", "FINDINGS", "SCHEMA", "PhantomImages", "example", "rows"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from compdiff_jax import cli
 from data_prep.dataset import parse_cells, write_dataset
-from data_prep.phantom.population import SCHEMA, examples
+from data_prep.phantom.population import SCHEMA, PhantomImages, rows
 
 _PROG = "python -m data_prep.phantom"
 _SIZES = (16, 1024)
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> None:
     args.out,
     name="phantom",
     schema=SCHEMA,
-    examples=_counted(examples(args.seed, args.num, args.size), cells),
+    examples=_counted(rows(args.seed, args.num), cells),
+    encode=PhantomImages(args.seed, args.size),
     description=_DESCRIPTION,
     held_out=held_out,
     size=args.size,

@@ -218,17 +218,15 @@ def sample_factors(seed: int, index: int) -> tuple[Person, dict[str, bool], tupl
   return person, present, zone, {name: f[name] for name in FACTORS}
 
 
-def example(seed: int, index: int, size: int) -> dict:
-  """Example `index` of the data set: a pure function of (seed, index) and the image size."""
+def row(seed: int, index: int) -> dict:
+  """Everything about example `index` but its pixels: a pure function of (seed, index)."""
   person, present, zone, f = sample_factors(seed, index)
   first, _ = visit_of(seed, index)
-  rng = _generator(seed, 3, index)
-  text, findings = write_report(present, zone, rng)
-  pixels = expose(draw(f, size), f["noise"], rng)
+  text, findings = write_report(present, zone, _generator(seed, 3, index))
   return {
     "key": f"phantom-{index:06d}",
     "patient": f"P{first:06d}",
-    "image": encode_png(pixels),
+    "image": index,
     "text": text,
     "attributes": dataclasses.asdict(person),
     "findings": findings,
@@ -236,6 +234,25 @@ def example(seed: int, index: int, size: int) -> dict:
   }
 
 
-def examples(seed: int, num: int, size: int) -> Iterator[dict]:
-  """The first `num` examples, drawn one at a time."""
-  return (example(seed, index, size) for index in range(num))
+@dataclasses.dataclass(frozen=True)
+class PhantomImages:
+  """Draws example `index` as PNG bytes: the `encode` of data_prep/rows.py."""
+
+  seed: int
+  size: int
+
+  def __call__(self, index: int) -> bytes:
+    _, present, zone, f = sample_factors(self.seed, index)
+    rng = _generator(self.seed, 3, index)
+    write_report(present, zone, rng)  # noise continues the stream of random numbers where the text ended
+    return encode_png(expose(draw(f, self.size), f["noise"], rng))
+
+
+def example(seed: int, index: int, size: int) -> dict:
+  """Example `index` with its image: a pure function of (seed, index) and the image size."""
+  return {**row(seed, index), "image": PhantomImages(seed, size)(index)}
+
+
+def rows(seed: int, num: int) -> Iterator[dict]:
+  """The first `num` rows, made one at a time."""
+  return (row(seed, index) for index in range(num))

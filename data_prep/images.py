@@ -1,0 +1,133 @@
+"""Any image file as PNG or JPEG bytes of one size: `FolderImages` is the `encode` of every builder that reads files.
+
+Images with more than 8 bits keep them until they are windowed; they are resized in float32 and rounded once.
+Orientation is left as stored, nothing is flipped.
+"""
+
+import dataclasses
+import io
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from compdiff_jax.cli import InputError
+from data_prep.rows import RowError
+
+# The largest detectors give 25 megapixels. A file that claims more than this is damaged or wants to fill the memory.
+MAX_PIXELS = 100_000_000
+# Other readers of Pillow start foreign programs or have no place in medical data.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+# What Pillow raises for files that are no image, cut short or damaged.
+_IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageOptions:
+  """How images are stored.
+
+  Attributes:
+    size: height and width in pixels.
+    resize: "pad" (to a square, with zeros) or "crop" (cuts the long side, centred).
+    jpeg_quality: 1 to 100, or 0 for PNG.
+  """
+
+  size: int
+  resize: str = "pad"
+  jpeg_quality: int = 0
+
+  def __post_init__(self):
+    if self.size < 1:
+      raise InputError(f"image size {self.size}: give a positive number of pixels")
+    if self.resize not in ("pad", "crop"):
+      raise InputError(f"resize {self.resize!r}: choose 'pad' or 'crop'")
+    if not 0 <= self.jpeg_quality <= 100:
+      raise InputError(f"jpeg_quality {self.jpeg_quality}: give 1 to 100, or 0 for PNG")
+
+
+def encode_image(image: Image.Image, options: ImageOptions) -> bytes:
+  """Encoded bytes of an image of mode L, RGB or F (float32 in 0..255).
+
+  Resampling is antialiased (Lanczos, after a box reduction to three times the size). With padding, an odd pixel goes to
+  the bottom or right.
+  """
+  fit = max(image.size) if options.resize == "pad" else min(image.size)
+  width, height = (max(1, round(side * options.size / fit)) for side in image.size)
+  image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+  if image.mode == "F":
+    image = Image.fromarray(np.uint8(np.round(np.clip(np.asarray(image), 0, 255))))
+  square = Image.new(image.mode, (options.size, options.size))
+  square.paste(image, ((options.size - width) // 2, (options.size - height) // 2))
+  data = io.BytesIO()
+  if options.jpeg_quality:
+    square.save(data, "JPEG", quality=options.jpeg_quality, subsampling=0)
+  else:
+    square.save(data, "PNG")
+  return data.getvalue()
+
+
+def stretch(values: np.ndarray, low: float, high: float) -> Image.Image:
+  """Numbers [H, W] as an image of mode F: `low` becomes 0, `high` 255, what lies outside is cut off."""
+  span = max(float(high) - float(low), 1e-12)
+  scaled = (np.asarray(values, np.float64) - low) * (255 / span)
+  return Image.fromarray(np.float32(np.clip(scaled, 0, 255)))
+
+
+def check_pixels(width: int, height: int) -> None:
+  """Refuses an image that would not fit into memory, before it is decoded."""
+  if width * height > MAX_PIXELS:
+    raise RowError(f"image too large: {width}x{height} pixels, the limit is {MAX_PIXELS:,} pixels")
+
+
+def read_image(path: Path) -> Image.Image:
+  """The image of a file in mode L, RGB or F (float32 in 0..255).
+
+  Without a window of its own, an image of more than 8 bits is scaled linearly from its minimum and maximum.
+  """
+  with Image.open(path, formats=_FORMATS) as source:
+    check_pixels(*source.size)
+    source.load()
+    if source.mode[0] not in "IF":
+      return source.convert("L" if source.mode in ("1", "L", "LA") else "RGB")
+    values = np.asarray(source, np.float64)
+  if not np.isfinite(values).all():
+    raise RowError("unreadable image: it has values that are no numbers")
+  return stretch(values, values.min(), values.max())
+
+
+def find_file(root: str | Path, *names: str) -> Path:
+  """The first of the files `names` that exists below `root`; a path that leads out of `root` is refused."""
+  home = os.path.realpath(root)
+  for name in names:
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
+      raise RowError(f"path outside the image folder: {name}")
+    try:
+      path = os.path.realpath(os.path.join(home, name), strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+      continue
+    except (OSError, ValueError) as error:  # a loop of symbolic links, a name too long, a NUL in the name
+      raise RowError(f"unreadable image: {getattr(error, 'strerror', None) or error}") from None
+    if os.path.commonpath([home, path]) != home:
+      raise RowError(f"path outside the image folder: {name} is a link to a place outside")
+    if os.path.isfile(path):
+      return Path(path)
+  raise RowError(f"missing image file: {' or '.join(names)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderImages:
+  """Encodes files below a folder. Called with a relative path, or several of which the first that exists counts."""
+
+  root: str
+  options: ImageOptions
+
+  def __call__(self, names: str | tuple[str, ...]) -> bytes:
+    path = find_file(self.root, *([names] if isinstance(names, str) else names))
+    try:
+      return encode_image(read_image(path), self.options)
+    except Image.DecompressionBombError as error:
+      raise RowError(f"image too large: {error}") from None
+    except _IMAGE_ERRORS as error:
+      raise RowError(f"unreadable image: {' '.join(str(error).split())}") from None
