@@ -236,7 +236,7 @@ class _Clock:
 def _common_schema(real: ImageSet, synthetic: ImageSet, warnings: list[str]) -> Schema:
   """The attributes both sets have; one name with two definitions is an error."""
   shared = []
-  for attribute in real.schema:
+  for attribute in real.schema.grouping:
     if attribute.name not in synthetic.schema.names:
       warnings.append(f"the synthetic set has no attribute {attribute.name!r}: no groups by it")
     elif synthetic.schema[attribute.name] != attribute:
@@ -363,7 +363,7 @@ def _describe(images: ImageSet) -> dict[str, Any]:
     "patients": len(np.unique(images.patients)) if images.split else None,
     "files": dict(images.source_sizes),
     "content_sha256": images.content,
-    "unknown": {a.name: int((~a.is_known(images.attributes[a.name])).sum()) for a in images.schema},
+    "unknown": {a.name: int((~a.is_known(images.attributes[a.name])).sum()) for a in images.schema.grouping},
   }
 
 

@@ -102,6 +102,14 @@ class LatentDiffusion:
         "a frozen text encoder needs weights: set config.weights.text_encoder to a diffusers text_encoder directory,"
         " or config.train_text_encoder=True"
       )
+    for name in config.prompt_attributes:
+      if schema[name].kind == "multilabel":
+        raise InputError(f"prompt_attributes names {name}: a multilabel attribute cannot be written into the prompt")
+      if name in conditioner_config.select(schema).names:
+        raise InputError(
+          f"{name} is in prompt_attributes and in the conditioner: dropping it would leave it in the other, and neither"
+          " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
+        )
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
     trained = ["unet"]
     if conditioner.shapes:

@@ -62,6 +62,7 @@ def write_card(
 
 def count_cells(splits: Mapping[str, Rows], schema: Schema) -> dict[tuple[str, ...], list[int]]:
   """{level names: images per split} for every full cell, empty ones too, then combinations with an unknown."""
+  schema = schema.grouping
   names = {a.name: [*a.level_names, "unknown"] for a in schema}
   cells = {tuple(names[n][i] for n, i in cell.items()): [0] * len(splits) for cell in schema.cells()}
   partial = {}
@@ -128,8 +129,11 @@ def _attribute_section(schema: Schema, splits: Mapping[str, Rows]) -> str:
   for a in schema:
     values = np.array([row["attributes"][a.name] for row in rows], a.dtype)
     unknown = int(np.sum(~a.is_known(values)))
-    counts = np.bincount(a.levels(values) + 1, minlength=a.num_levels + 1)[1:]
-    levels = ", ".join(f"{level} {count}" for level, count in zip(a.level_names, counts))
+    if a.kind == "multilabel":
+      names, counts = a.values, np.sum(values > 0, axis=0)  # labels that are mentioned, whatever is said
+    else:
+      names, counts = a.level_names, np.bincount(a.levels(values) + 1, minlength=a.num_levels + 1)[1:]
+    levels = ", ".join(f"{level} {count}" for level, count in zip(names, counts))
     span = f", {a.low:g} to {a.high:g} {a.unit}".rstrip() if a.kind == "continuous" else ""
     body.append([a.name, a.kind + span, levels, f"{unknown} ({unknown / len(rows):.1%})"])
   return "## Attributes\n\n" + _table(["attribute", "kind", "images per level", "unknown"], body)
@@ -139,6 +143,7 @@ def _cell_section(
   schema: Schema, cells: Mapping[tuple[str, ...], list[int]], splits: Sequence[str], holdout: Mapping | None
 ) -> str:
   filled = {levels: counts for levels, counts in cells.items() if sum(counts)}
+  schema = schema.grouping
   full = len(schema.cells())
   empty = full - sum(1 for levels in filled if "unknown" not in levels)
   body = [[*levels, *counts, sum(counts)] for levels, counts in list(filled.items())[:_MAX_LISTED]]

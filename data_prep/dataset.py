@@ -199,7 +199,7 @@ def _collect(
         "draw": draw,
         "splits": tuple(example.get("splits", SPLITS)),
         "text": example["text"],
-        "attributes": {a.name: a.dtype.type(example["attributes"][a.name]) for a in schema},
+        "attributes": {a.name: np.asarray(example["attributes"][a.name], a.dtype) for a in schema},
         "findings": json.dumps(example["findings"], sort_keys=True),
         "factors": json.dumps(example["factors"], sort_keys=True),
         "attribution": dict(example.get("attribution", {})),
@@ -329,7 +329,7 @@ def _maybe_inside(columns: Mapping[str, np.ndarray], schema: Schema, cell: Cell,
 
 def _cell_names(columns: Mapping[str, np.ndarray], schema: Schema) -> list[str]:
   """Per row its cell over the known attributes, in `Schema.cell_name` form."""
-  levels = {a.name: a.levels(columns[a.name]) for a in schema}
+  levels = {a.name: a.levels(columns[a.name]) for a in schema.grouping}
   count = len(next(iter(levels.values())))
   return [schema.cell_name({n: int(x[i]) for n, x in levels.items() if x[i] >= 0}) for i in range(count)]
 

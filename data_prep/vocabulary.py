@@ -22,7 +22,7 @@ def training_texts(records: RecordSet) -> Iterator[str]:
   for index in range(len(source)):
     yield source[index]["text"]
   for attribute in records.schema:
-    words = " ".join([attribute.name, attribute.unit, *attribute.level_names])
+    words = " ".join([attribute.name, attribute.unit, *(attribute.values or attribute.level_names)])
     yield " ".join([words] * _ATTRIBUTE_WEIGHT)
   yield " ".join([*string.digits] * _ATTRIBUTE_WEIGHT)
 

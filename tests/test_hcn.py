@@ -31,7 +31,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.dropout import drop_attributes
 from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.interface import ConditionerOutput, level_indices
-from compdiff_jax.conditioning.losses import loss_terms
+from compdiff_jax.conditioning.losses import loss_terms, ordinal_loss
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.functional import Functional
 
@@ -215,6 +215,53 @@ def test_losses_equal_torch():
     assert (accuracy * weight).sum() / weight.sum() == pytest.approx(right.mean())
   assert set(terms) == {"kl", "composition", "aux_age", "acc_age", "aux_sex", "acc_sex"}
   assert all(values.dtype == np.float32 and weight.dtype == np.float32 for values, weight in terms.values())
+
+
+def test_ordinal_losses_equal_their_definitions():
+  rng = np.random.default_rng(4)
+  logits, targets = rng.normal(0, 2, [6, 5]).astype(np.float32), np.asarray([0, 4, 2, 1, 3, 2])
+  log_p = torch.log_softmax(torch.tensor(logits), 1)
+  p = log_p.exp().numpy().astype(np.float64)
+  for sigma in (0.75, 2.0):
+    expected = []
+    for row, y in zip(log_p, targets):
+      wanted = np.asarray([math.exp(-0.5 * ((k - y) / sigma) ** 2) for k in range(5)])
+      expected.append(-float((torch.tensor(wanted / wanted.sum()) * row).sum()))
+    np.testing.assert_allclose(ordinal_loss(logits, targets, "soft", sigma), expected, rtol=1e-5)
+  cross_entropy = -log_p.numpy()[np.arange(6), targets]
+  squares = [sum((p[i, : k + 1].sum() - (k >= y)) ** 2 for k in range(5)) for i, y in enumerate(targets)]
+  cumulative = ordinal_loss(logits, targets, "cumulative", 1.0)
+  np.testing.assert_allclose(cumulative, cross_entropy + 0.5 * np.asarray(squares), rtol=1e-5)
+  np.testing.assert_allclose(ordinal_loss(logits, targets, "cross_entropy", 1.0), cross_entropy, rtol=1e-5)
+  # A narrow target is the hard one; being two levels off costs more than one level off.
+  np.testing.assert_allclose(ordinal_loss(logits, targets, "soft", 0.05), cross_entropy, rtol=1e-5)
+  sure = 9.0 * np.eye(5, dtype=np.float32)
+  for loss in ("soft", "cumulative"):
+    near, far = (float(ordinal_loss(sure[[k]], np.asarray([1]), loss, 0.75)[0]) for k in (2, 4))
+    assert near < far
+  assert ordinal_loss(sure[[2]], np.asarray([1]), "cross_entropy", 1.0) == pytest.approx(
+    float(ordinal_loss(sure[[4]], np.asarray([1]), "cross_entropy", 1.0)[0])
+  )
+
+
+@pytest.mark.parametrize("loss", ["soft", "cumulative"])
+def test_ordinal_age(loss):
+  """Bins are embedded cumulatively, and the bins of age alone are judged by the ordinal loss."""
+  config = HCNConfig(**SMALL, ordinal_encoder=True, ordinal_loss=loss)
+  model = conditioner_parity.build(config)
+  params = wide_params(model)
+  output = jax.jit(model)(params, PARTLY_UNKNOWN)
+  state = torch_state(params)
+  assert set(state) == set(torch_state(wide_params(build(**SMALL))))
+  state["emb_age.weight"] = torch.cumsum(state["emb_age.weight"], 0)
+  np.testing.assert_allclose(output.h, reference(state, PARTLY_UNKNOWN_LEVELS)["h"], atol=5e-4, rtol=2e-5)
+  terms = loss_terms(output)
+  for name, own in (("age", loss), ("sex", "cross_entropy")):
+    targets = np.asarray(PARTLY_UNKNOWN_LEVELS[name])
+    known = targets >= 0
+    expected = ordinal_loss(output.logits[name], targets, own, config.soft_sigma)
+    np.testing.assert_allclose(np.asarray(terms[f"aux_{name}"][0])[known], expected[known], rtol=1e-4)
+    np.testing.assert_array_equal(terms[f"aux_{name}"][1], np.float32(known))
 
 
 def test_kl_without_uncertainty_is_half_the_squared_norm():

@@ -168,7 +168,7 @@ def test_bad_cells_are_refused(text):
     ({"name": "a", "kind": "categorical", "values": ("x", "none")}, "stands for unknown"),
     ({"name": "a", "kind": "continuous", "low": 5, "high": 5}, "low < high"),
     ({"name": "a", "kind": "continuous", "low": 0, "high": 9, "bins": (4, 3)}, "must rise"),
-    ({"name": "a", "kind": "ordinal"}, "must be 'categorical' or 'continuous'"),
+    ({"name": "a", "kind": "ordinal"}, "must be one of 'categorical', 'continuous', 'multilabel'"),
   ],
 )
 def test_bad_attributes_are_refused(fields, words):

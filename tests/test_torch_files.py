@@ -216,6 +216,7 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
     HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8),
     HCNConfig(("sex", "race"), d_node=16, d_ctx=24, learned_nulls=False),
     HCNConfig(("age",), d_node=16, d_ctx=24, use_uncertainty=False),
+    HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8, ordinal_encoder=True, ordinal_loss="soft"),
     TypedConfig(d_node=16, d_ctx=24, num_registers=2, d_time_emb=8, freq_dim=10),
     TypedConfig(d_node=16, d_ctx=24, multi_token=False, use_uncertainty=False, unconditional="zeros"),
     TypedConfig(("age", "race"), d_node=16, d_ctx=24, composer="flat", flat_hidden=20, aux_hidden_dim=0),

@@ -9,6 +9,7 @@ data while the pull of the data on a row grows with the number of its examples, 
 effects, a rare one hardly does (the shrinkage of a random-effects model), and a pair that training has not seen is
 exactly the sum of its main effects.
 
+Labels have an effect for each of their states, and interactions with the levels or labels of the other attribute.
 An unknown attribute has no effects. `base` alone is therefore the token of "nothing is known": no nulls are needed.
 """
 
@@ -23,8 +24,8 @@ from flax import nnx
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning import blocks
 from compdiff_jax.conditioning.config import ConditionerConfig, check_not_negative, check_rate
-from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, level_indices
-from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput
+from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
 
@@ -67,6 +68,13 @@ class AdditiveConfig(ConditionerConfig):
     return Additive(self, schema, rngs=rngs)
 
 
+def _pair_rows(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
+  """Rows [B, j] of one table and [B, k] of another with `size` rows -> all pairs of them, [B, j k]; -1 if unknown."""
+  pairs = first[:, :, None] * size + second[:, None, :]
+  known = (first[:, :1] >= 0) & (second[:, :1] >= 0)
+  return jnp.where(known, pairs.reshape(len(pairs), -1), UNKNOWN_INDEX)
+
+
 class Additive(nnx.Module):
   """The additive conditioner. Members and batch layout: `conditioning.interface`."""
 
@@ -79,53 +87,56 @@ class Additive(nnx.Module):
     # Base and effects start at unit size: no norm follows that would bring them to the size of the text tokens.
     self.base = nnx.Param(jax.random.normal(rngs.params(), [d_node]))
     for attribute in self.schema:
-      if attribute.kind == "categorical":
-        effect = Embed(attribute.num_levels, d_node, rngs=rngs)
-        effect.embedding = nnx.Param(jax.random.normal(rngs.params(), [attribute.num_levels, d_node]))
-      else:
+      if attribute.kind == "continuous":
         effect = blocks.number_encoder(config.freq_dim, d_node, rngs)
+      else:
+        rows = blocks.num_rows(attribute)
+        effect = Embed(rows, d_node, rngs=rngs)
+        effect.embedding = nnx.Param(jax.random.normal(rngs.params(), [rows, d_node]))
       setattr(self, f"effect_{attribute.name}", effect)
     for name, pair in blocks.pairs("interaction", self.schema.names).items():
-      rows = math.prod(self.schema[part].num_levels for part in pair)
+      rows = math.prod(blocks.num_rows(self.schema[part]) for part in pair)
       table = Embed(rows, d_node, rngs=rngs)
       table.embedding = nnx.Param(jnp.zeros([rows, d_node]))
       setattr(self, name, table)
     self.proj_ctx = Dense(d_node, config.d_ctx, rngs=rngs)
     if config.aux_hidden_dim:
       for attribute in self.schema:
-        head = blocks.block(config.d_ctx, config.aux_hidden_dim, attribute.num_levels, config.dropout, rngs)
+        head = blocks.block(config.d_ctx, config.aux_hidden_dim, blocks.num_rows(attribute), config.dropout, rngs)
         setattr(self, f"{attribute.name}_classifier", head)
 
   def _main_effect(self, attribute: Attribute, values: jax.Array) -> jax.Array:
-    """Encoded values [B] -> [B, d]: of a category from a table, of a number a smooth function; 0 where unknown."""
+    """Encoded values -> [B, d]: of levels and labels from a table, of a number a smooth function; 0 where unknown."""
     effect = getattr(self, f"effect_{attribute.name}")
-    if attribute.kind == "categorical":
-      vectors = effect(jnp.maximum(values, 0))
-    else:
+    if attribute.kind == "continuous":
       vectors = blocks.encode_number(effect, attribute, values)
+    else:
+      vectors = blocks.sum_rows(effect, blocks.table_rows(attribute, values))
     return jnp.where(attribute.is_known(values)[:, None], vectors, 0)
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
     """Attributes {name: [B]} to a token [B, 1, d_ctx] and the size of the interactions."""
     config = self.config
-    levels = {attribute.name: level_indices(attribute, attributes[attribute.name]) for attribute in self.schema}
+    rows = {a.name: blocks.table_rows(a, attributes[a.name]) for a in self.schema}
     node = self.base[...] + sum(self._main_effect(a, attributes[a.name]) for a in self.schema)
     penalty = jnp.zeros([])
     for name, pair in blocks.pairs("interaction", self.schema.names).items():
       table = getattr(self, name)
-      row = blocks.joint_levels(levels, {part: self.schema[part].num_levels for part in pair})
-      node = node + jnp.where((row >= 0)[:, None], table(jnp.maximum(row, 0)), 0)
+      row = _pair_rows(*(rows[part] for part in pair), blocks.num_rows(self.schema[pair[1]]))
+      node = node + jnp.where((row[:, :1] >= 0), blocks.sum_rows(table, row), 0)
       penalty = penalty + jnp.sum(jnp.mean(table.embedding[...] ** 2, axis=-1))
     token = self.proj_ctx(node)
     logits = {}
     if config.aux_hidden_dim:
-      heads = {name: getattr(self, f"{name}_classifier") for name in levels}
+      heads = {name: getattr(self, f"{name}_classifier") for name in rows}
       masks, _ = blocks.draw(keys, dict.fromkeys(heads, (config.aux_hidden_dim,)), config.dropout, 0)
-      logits = {name: blocks.apply_block(head, token, masks[name]) for name, head in heads.items()}
+      outputs = {name: blocks.apply_block(head, token, masks[name]) for name, head in heads.items()}
+      logits = {name: blocks.class_logits(self.schema[name], own) for name, own in outputs.items()}
+    conditioned = jnp.ones(token.shape[:1], bool)
     return ConditionerOutput(
       tokens=token[:, None],
       logits=logits,
-      targets=levels,
+      targets=blocks.masked_targets(self.schema, attributes, conditioned),
       penalties={"interaction": jnp.broadcast_to(penalty, token.shape[:1])},
-      conditioned=jnp.ones(token.shape[:1], bool),
+      conditioned=conditioned,
     )

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute, Schema
+from compdiff_jax.conditioning.interface import level_indices
+from compdiff_jax.conditioning.schema import STATES, UNKNOWN_INDEX, Attribute, Schema
 from compdiff_jax.models.layers import Dense, Embed, LayerNorm
 from compdiff_jax.models.unet import timestep_embedding
 
@@ -78,26 +79,72 @@ def learned_vectors(rngs: nnx.Rngs, *shape: int) -> nnx.Param:
   return nnx.Param(_NULL_STD * jax.random.normal(rngs.params(), shape))
 
 
+def num_rows(attribute: Attribute) -> int:
+  """Rows of an attribute's table: one a level, or one for each state of each label."""
+  return len(STATES) * len(attribute.values) if attribute.kind == "multilabel" else attribute.num_levels
+
+
+def table_rows(attribute: Attribute, values: jax.Array) -> jax.Array:
+  """The rows that make up each value, int32 [B, k]; -1 where unknown. One for a level, one for each label otherwise."""
+  if attribute.kind != "multilabel":
+    return level_indices(attribute, values)[:, None]
+  first = len(STATES) * jnp.arange(len(attribute.values), dtype=jnp.int32)
+  return jnp.where(attribute.is_known(values)[:, None], first + values.astype(jnp.int32), UNKNOWN_INDEX)
+
+
+def sum_rows(table: Embed, rows: jax.Array) -> jax.Array:
+  """int32 [B, k] -> [B, d]: the sum of the rows over sqrt(k), which is as large as one row of a fresh table."""
+  return jnp.sum(table(jnp.maximum(rows, 0)), axis=1) / math.sqrt(rows.shape[1])
+
+
 def add_tables(host: Any, schema: Schema, d_node: int, nulls: bool, rngs: nnx.Rngs) -> None:
-  """For each attribute an embedding of every level, `emb_<name>`, and of the unknown value, `null_<name>`."""
+  """For each attribute a table, `emb_<name>`, and an embedding of the unknown value, `null_<name>`."""
   for attribute in schema:
-    setattr(host, f"emb_{attribute.name}", Embed(attribute.num_levels, d_node, rngs=rngs))
+    setattr(host, f"emb_{attribute.name}", Embed(num_rows(attribute), d_node, rngs=rngs))
     if nulls:
       setattr(host, f"null_{attribute.name}", learned_vectors(rngs, d_node))
 
 
-def embed_levels(host: Any, levels: Mapping[str, jax.Array], nulls: bool) -> tuple[dict[str, jax.Array], jax.Array]:
-  """Level indices {name: [B]} to embeddings {name: [B, d]}, and bool [B]: whether a sample can be represented.
+def embed_rows(
+  host: Any, rows: Mapping[str, jax.Array], nulls: bool, cumulative: Sequence[str] = ()
+) -> tuple[dict[str, jax.Array], jax.Array]:
+  """Table rows {name: [B, k]} to embeddings {name: [B, d]}, and bool [B]: whether a sample can be represented.
 
-  Without nulls that is where everything is known; elsewhere the embedding is that of some level.
+  Without nulls that is where everything is known; elsewhere the embedding is that of some row.
+  For the names in `cumulative` an embedding is the sum of all rows up to the level's own.
   """
-  embeddings = {name: getattr(host, f"emb_{name}")(jnp.maximum(level, 0)) for name, level in levels.items()}
-  known = jnp.stack([level >= 0 for level in levels.values()])
+  embeddings = {name: sum_rows(getattr(host, f"emb_{name}"), own) for name, own in rows.items()}
+  for name in cumulative:
+    table = jnp.cumsum(getattr(host, f"emb_{name}").embedding[...], axis=0)
+    embeddings[name] = table[jnp.maximum(rows[name][:, 0], 0)]
+  known = {name: own[:, 0] >= 0 for name, own in rows.items()}
   if not nulls:
-    return embeddings, jnp.all(known, axis=0)
-  for name, level in levels.items():
-    embeddings[name] = jnp.where((level >= 0)[:, None], embeddings[name], getattr(host, f"null_{name}")[...])
-  return embeddings, jnp.ones(known.shape[1:], bool)
+    return embeddings, jnp.all(jnp.stack(list(known.values())), axis=0)
+  for name, own in known.items():
+    embeddings[name] = jnp.where(own[:, None], embeddings[name], getattr(host, f"null_{name}")[...])
+  return embeddings, jnp.ones_like(own)
+
+
+def class_targets(attribute: Attribute, values: jax.Array) -> jax.Array:
+  """What a classifier of the attribute should say: the level, int32 [B], or the state of each label, [B, L]."""
+  if attribute.kind != "multilabel":
+    return level_indices(attribute, values)
+  return values.astype(jnp.int32)
+
+
+def masked_targets(schema: Schema, attributes: Mapping[str, jax.Array], conditioned: jax.Array) -> dict[str, jax.Array]:
+  """`class_targets` of every attribute; -1 where `conditioned`, bool [B], says that no token was made."""
+  targets = {a.name: class_targets(a, attributes[a.name]) for a in schema}
+  return {
+    name: jnp.where(conditioned.reshape(-1, *[1] * (own.ndim - 1)), own, UNKNOWN_INDEX) for name, own in targets.items()
+  }
+
+
+def class_logits(attribute: Attribute, outputs: jax.Array) -> jax.Array:
+  """The outputs of a head with `num_rows` of them, [B, K] or, for labels, [B, L, number of states]."""
+  if attribute.kind != "multilabel":
+    return outputs
+  return outputs.reshape(len(outputs), len(attribute.values), len(STATES))
 
 
 def number_encoder(num_features: int, d_out: int, rngs: nnx.Rngs) -> nnx.List:
@@ -146,7 +193,10 @@ def pairs(prefix: str, names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def joint_levels(levels: Mapping[str, jax.Array], sizes: Mapping[str, int]) -> jax.Array:
-  """Index of the full cell, first attribute slowest, int32 [B]; -1 where any attribute is unknown."""
+  """Index of the full cell, first attribute slowest, int32 [B]; -1 where any attribute is unknown.
+
+  `sizes` names the attributes that count, at least one.
+  """
   index = 0
   for name, size in sizes.items():
     index = index * size + levels[name]

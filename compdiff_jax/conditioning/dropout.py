@@ -16,7 +16,7 @@ def drop_attributes(
   addition to what the data leave unknown; the rule is that of the reference's CompDiff-2.
 
   Args:
-    attributes: encoded values {name: [B]} of every attribute of the schema.
+    attributes: encoded values {name: [B, …]} of every attribute of the schema.
     schema: names the attributes and their unknown values.
     keys: typed PRNG keys [B]; sample i is decided by keys[i] alone.
     attribute_rate: probability in [0, 1] for each attribute on its own.
@@ -31,5 +31,6 @@ def drop_attributes(
   for column, attribute in enumerate(schema, start=1):
     values = jnp.asarray(attributes[attribute.name])
     drop = full | (draws[:, column] < attribute_rate)
+    drop = drop.reshape(-1, *[1] * len(attribute.shape))
     dropped[attribute.name] = jnp.where(drop, jnp.asarray(attribute.unknown, values.dtype), values)
   return dropped

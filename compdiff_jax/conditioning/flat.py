@@ -18,8 +18,8 @@ from compdiff_jax.conditioning.config import (
   check_choice,
   check_rate,
 )
-from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, level_indices
-from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Schema
+from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput
+from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import ACTIVATIONS, Dense, LayerNorm
 
@@ -99,27 +99,27 @@ class Flat(nnx.Module):
         setattr(self, f"proj_{name}", _linear(d_node, config.d_ctx, rngs))
     if config.heads != "none":
       for attribute in self.schema:
-        setattr(self, f"cls_{attribute.name}", self._head(attribute.num_levels, rngs))
+        setattr(self, f"cls_{attribute.name}", self._head(blocks.num_rows(attribute), rngs))
 
-  def _head(self, num_levels: int, rngs: nnx.Rngs) -> nnx.Module:
+  def _head(self, outputs: int, rngs: nnx.Rngs) -> nnx.Module:
     config = self.config
     if config.heads == "shallow":
-      return _linear(config.d_ctx, num_levels, rngs)
-    head = blocks.block(config.d_ctx, config.aux_hidden_dim, num_levels, config.dropout, rngs)
+      return _linear(config.d_ctx, outputs, rngs)
+    head = blocks.block(config.d_ctx, config.aux_hidden_dim, outputs, config.dropout, rngs)
     head[1] = _linear(config.d_ctx, config.aux_hidden_dim, rngs)
-    head[4] = _linear(config.aux_hidden_dim, num_levels, rngs)
+    head[4] = _linear(config.aux_hidden_dim, outputs, rngs)
     return head
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
     """Attributes {name: [B]} to tokens [B, T, d_ctx]; continuous attributes enter as the index of their bin."""
     config = self.config
-    levels = {attribute.name: level_indices(attribute, attributes[attribute.name]) for attribute in self.schema}
-    embeddings, conditioned = blocks.embed_levels(self, levels, config.represents_unknown)
+    rows = {a.name: blocks.table_rows(a, attributes[a.name]) for a in self.schema}
+    embeddings, conditioned = blocks.embed_rows(self, rows, config.represents_unknown)
     if config.mode == "single":
       token = jnp.concatenate(list(embeddings.values()), axis=-1)
       for layer in self.fusion:
         token = layer(token)
-      by_name = dict.fromkeys(levels, token)
+      by_name = dict.fromkeys(rows, token)
       tokens = token[:, None]
     else:
       by_name = {name: getattr(self, f"proj_{name}")(embedding) for name, embedding in embeddings.items()}
@@ -127,7 +127,7 @@ class Flat(nnx.Module):
     return ConditionerOutput(
       tokens=jnp.where(conditioned[:, None, None], tokens, 0),
       logits=self._logits(by_name, keys),
-      targets={name: jnp.where(conditioned, level, UNKNOWN_INDEX) for name, level in levels.items()},
+      targets=blocks.masked_targets(self.schema, attributes, conditioned),
       conditioned=conditioned,
     )
 
@@ -136,6 +136,8 @@ class Flat(nnx.Module):
       return {}
     heads = {name: getattr(self, f"cls_{name}") for name in tokens}
     if self.config.heads == "shallow":
-      return {name: head(tokens[name]) for name, head in heads.items()}
-    masks, _ = blocks.draw(keys, dict.fromkeys(heads, (self.config.aux_hidden_dim,)), self.config.dropout, 0)
-    return {name: blocks.apply_block(head, tokens[name], masks[name]) for name, head in heads.items()}
+      outputs = {name: head(tokens[name]) for name, head in heads.items()}
+    else:
+      masks, _ = blocks.draw(keys, dict.fromkeys(heads, (self.config.aux_hidden_dim,)), self.config.dropout, 0)
+      outputs = {name: blocks.apply_block(head, tokens[name], masks[name]) for name, head in heads.items()}
+    return {name: blocks.class_logits(self.schema[name], own) for name, own in outputs.items()}

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compdiff_jax.conditioning import blocks, composers
-from compdiff_jax.conditioning.config import ConditionerConfig, check_not_negative, check_rate
-from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, level_indices
+from compdiff_jax.conditioning.config import ConditionerConfig, check_choice, check_not_negative, check_rate
+from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput
+from compdiff_jax.conditioning.losses import ORDINAL_LOSSES, ordinal_loss
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.models.config import check_positive
 
@@ -30,6 +31,10 @@ class HCNConfig(ConditionerConfig):
     dropout: rate inside composers and auxiliary heads.
     use_uncertainty: False makes the latent h itself (no `mu_head`, no `logsigma_head`).
     aux_hidden_dim: hidden width of the auxiliary classifiers; 0 leaves them out.
+    ordinal_encoder: bins of a continuous attribute are embedded as the sum of the table's rows up to their own, so that
+      neighbours share all but one. False: each bin has a row of its own, as in the reference.
+    ordinal_loss: how the classifier of a continuous attribute's bins is judged, see `losses.ordinal_loss`.
+    soft_sigma: width of the targets of the loss "soft", in bins.
     learned_nulls: an embedding `null_<name>` for an unknown value. Without it a sample with an unknown value gets the
       zero token, which is what the reference's release does for its unconditional branch.
   """
@@ -40,12 +45,16 @@ class HCNConfig(ConditionerConfig):
   dropout: float = 0.1
   use_uncertainty: bool = True
   aux_hidden_dim: int = 512
+  ordinal_encoder: bool = False
+  ordinal_loss: str = "cross_entropy"
+  soft_sigma: float = 0.75
   learned_nulls: bool = True
 
   kind = "hcn"
 
   def __post_init__(self):
-    check_positive(self, "d_node", "d_ctx")
+    check_positive(self, "d_node", "d_ctx", "soft_sigma")
+    check_choice(self, "ordinal_loss", ORDINAL_LOSSES)
     check_not_negative(self, "aux_hidden_dim")
     check_rate(self, "dropout")
 
@@ -73,7 +82,7 @@ class HCN(nnx.Module):
     self.proj_ctx = blocks.projection(d_node, config.d_ctx, rngs)
     if config.aux_hidden_dim:
       for attribute in self.schema:
-        head = blocks.block(config.d_ctx, config.aux_hidden_dim, attribute.num_levels, config.dropout, rngs)
+        head = blocks.block(config.d_ctx, config.aux_hidden_dim, blocks.num_rows(attribute), config.dropout, rngs)
         setattr(self, f"{attribute.name}_classifier", head)
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
@@ -82,10 +91,13 @@ class HCN(nnx.Module):
     Continuous attributes enter as the index of their bin. The auxiliary heads read the finished token.
     """
     config = self.config
-    levels = {attribute.name: level_indices(attribute, attributes[attribute.name]) for attribute in self.schema}
-    embeddings, conditioned = blocks.embed_levels(self, levels, config.learned_nulls)
+    rows = {a.name: blocks.table_rows(a, attributes[a.name]) for a in self.schema}
+    ordered = [a.name for a in self.schema if a.kind == "continuous"]
+    embeddings, conditioned = blocks.embed_rows(
+      self, rows, config.learned_nulls, ordered if config.ordinal_encoder else ()
+    )
     mask_shapes = composers.pair_masks(self.schema.names, config.d_node)
-    mask_shapes |= {f"{name}_classifier": (config.aux_hidden_dim,) for name in levels}
+    mask_shapes |= {f"{name}_classifier": (config.aux_hidden_dim,) for name in rows}
     masks, noise = blocks.draw(keys, mask_shapes, config.dropout, config.d_node)
     h = composers.compose_pairs(self, embeddings, masks)
     z, mu, log_sigma = blocks.latent(self, h, noise)
@@ -93,10 +105,11 @@ class HCN(nnx.Module):
     token = jnp.where(conditioned[:, None], token, 0)
     logits, targets = {}, {}
     if config.aux_hidden_dim:
-      for name, level in levels.items():
-        head = f"{name}_classifier"
-        logits[name] = blocks.apply_block(getattr(self, head), token, masks[head])
-        targets[name] = jnp.where(conditioned, level, -1)
+      targets = blocks.masked_targets(self.schema, attributes, conditioned)
+      for attribute in self.schema:
+        head = f"{attribute.name}_classifier"
+        outputs = blocks.apply_block(getattr(self, head), token, masks[head])
+        logits[attribute.name] = blocks.class_logits(attribute, outputs)
     return ConditionerOutput(
       tokens=token[:, None],
       mu=mu,
@@ -105,5 +118,14 @@ class HCN(nnx.Module):
       parts=sum(embeddings.values()),
       logits=logits,
       targets=targets,
+      ordinal_losses=self._ordinal_losses(logits, targets),
       conditioned=conditioned,
     )
+
+  def _ordinal_losses(self, logits: dict[str, jax.Array], targets: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The losses of classifiers of bins, where they are not the cross-entropy."""
+    config = self.config
+    if config.ordinal_loss == "cross_entropy":
+      return {}
+    names = [name for name in logits if self.schema[name].kind == "continuous"]
+    return {n: ordinal_loss(logits[n], targets[n], config.ordinal_loss, config.soft_sigma) for n in names}

@@ -49,9 +49,10 @@ class ConditionerOutput(NamedTuple):
     log_sigma: [B, d], log standard deviation of the latent, in [-5, 1].
     h: [B, d], the composed node before the latent.
     parts: [B, d], the sum of the embeddings that were composed into h (of nulls where an attribute is unknown).
-    logits: for each auxiliary classifier [B, K].
-    targets: for each auxiliary classifier int32 [B], the class that its token was made from; -1 where unknown.
+    logits: for each auxiliary classifier [B, K], or [B, L, K] for the K states of L labels.
+    targets: for each auxiliary classifier int32 [B] or [B, L], what its token was made from; -1 where unknown.
     regressions: for each auxiliary regressor its prediction and target.
+    ordinal_losses: [B] for each classifier that is not judged by its cross-entropy.
     penalties: further losses by name, [B].
     conditioned: bool [B], False where the tokens are the zero tokens of a sample that cannot be represented.
   """
@@ -65,6 +66,7 @@ class ConditionerOutput(NamedTuple):
   logits: dict[str, jax.Array] | None = None
   targets: dict[str, jax.Array] | None = None
   regressions: dict[str, Regression] | None = None
+  ordinal_losses: dict[str, jax.Array] | None = None
   penalties: dict[str, jax.Array] | None = None
   conditioned: jax.Array | None = None
 

@@ -34,9 +34,32 @@ def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """-log softmax(logits)[target] in nats: [B, K], int [B] -> [B]. A target of -1 gives a number to be masked."""
+  """-log softmax(logits)[target] in nats: [..., K], int [...] -> [...]. A target of -1 gives a number to be masked."""
   log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+  return -jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+
+
+# How a classifier over ordered levels may be judged.
+ORDINAL_LOSSES = ("cross_entropy", "soft", "cumulative")
+_CUMULATIVE_WEIGHT = 0.5  # the reference's
+
+
+def ordinal_loss(logits: jax.Array, targets: jax.Array, loss: str, sigma: float) -> jax.Array:
+  """A loss to which a level far off is worse than the next one: [B, K], int [B] -> [B], in nats.
+
+  "soft": cross-entropy against targets proportional to exp(-((k - y) / sigma)^2 / 2).
+  "cumulative": cross-entropy plus half the sum over levels of (CDF(k) - [k >= y])^2, the ranked probability score.
+  "cross_entropy": no order. These are the losses of the reference's V8-ordinal. A target of -1 gives a number to mask.
+  """
+  levels = jnp.arange(logits.shape[-1])
+  if loss == "soft":
+    wanted = jax.nn.softmax(-0.5 * jnp.square((levels - targets[:, None]) / sigma), axis=-1)
+    return -jnp.sum(wanted * jax.nn.log_softmax(logits, axis=-1), axis=-1)
+  nats = cross_entropy(logits, targets)
+  if loss == "cumulative":
+    distribution = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+    nats += _CUMULATIVE_WEIGHT * jnp.sum(jnp.square(distribution - (levels >= targets[:, None])), axis=-1)
+  return nats
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -45,15 +68,20 @@ def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
   return jnp.where(distance < 1, 0.5 * distance**2, distance - 0.5)
 
 
+def _label_mean(values: jax.Array) -> jax.Array:
+  """[B] as it is; [B, L] -> [B]."""
+  return values.reshape(len(values), -1).mean(-1)
+
+
 def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
   """Every loss and metric that the output carries, each as (values [B], weight [B]), float32.
 
   Returns:
     "kl": KL of the latent to N(0, I), summed over its width. Without a latent this is |h|^2 / 2.
     "composition": 1 - cos(h, sum of the embeddings).
-    "aux_<name>": cross-entropy of a classifier on its token, or 10 smooth L1 of a regressor on its own; weight 0 where
-      the attribute is unknown.
-    "acc_<name>": 1 where that classifier is right, else 0; same weight; a metric, not a loss.
+    "aux_<name>": cross-entropy of a classifier on its token (over labels the mean), or 10 smooth L1 of a regressor on
+      its own; weight 0 where the attribute is unknown.
+    "acc_<name>": 1 where that classifier is right, else 0 (over labels the mean); same weight; a metric, not a loss.
     "mae_<name>": distance of that regressor in the attribute's unit; same weight; a metric, not a loss.
     The penalties of the output under their own names.
   """
@@ -65,9 +93,10 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
     terms["composition"] = (1 - cosine_similarity(output.h, output.parts), weight)
   for name, logits in (output.logits or {}).items():
     targets = output.targets[name]
-    known = (targets >= 0).astype(jnp.float32)
-    terms[f"aux_{name}"] = (cross_entropy(logits, targets), known)
-    terms[f"acc_{name}"] = ((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32), known)
+    known = (targets.reshape(len(targets), -1)[:, 0] >= 0).astype(jnp.float32)
+    values = (output.ordinal_losses or {}).get(name, cross_entropy(logits, targets))
+    terms[f"aux_{name}"] = (_label_mean(values), known)
+    terms[f"acc_{name}"] = (_label_mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)), known)
   for name, (prediction, target, span) in (output.regressions or {}).items():
     known = target == target  # NaN is the only x != x; it must not reach the loss, where 0 times NaN is NaN
     target = jnp.where(known, target, 0)

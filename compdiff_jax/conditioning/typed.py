@@ -1,8 +1,9 @@
 """The typed conditioner of CompDiff-2: every attribute enters as what it is, and leaves as a token of its own.
 
-Categories have embedding tables; numbers, in their own unit, a sinusoidal encoder; an unknown value of either has a
-learned null. A composer makes one node h of the whole and one node of each attribute in the light of the others. The
-Gaussian latent is around h alone. Tokens, in this order: one for each attribute, the whole, registers.
+Categories have embedding tables, labels one for their states; numbers, in their own unit, a sinusoidal encoder; an
+unknown value has a learned null. A composer makes one node h of the whole and one node of each attribute in the light
+of the others. The Gaussian latent is around h alone. Tokens, in this order: one for each attribute, the whole,
+registers.
 
 Parameter paths are the reference's state_dict keys (CompDiff2Conditioner). Its stages are
 
@@ -31,7 +32,7 @@ from compdiff_jax.conditioning.config import (
   check_not_negative,
   check_rate,
 )
-from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, Regression, level_indices
+from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, Regression
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
@@ -130,28 +131,29 @@ class Typed(nnx.Module):
 
   def _add_encoder(self, attribute: Attribute, rngs: nnx.Rngs) -> None:
     name, d_node = attribute.name, self.config.d_node
-    if attribute.kind == "categorical":
-      setattr(self, f"emb_{name}", Embed(attribute.num_levels, d_node, rngs=rngs))
-    else:
+    if attribute.kind == "continuous":
       setattr(self, f"{name}_encoder", blocks.number_encoder(self.config.freq_dim, d_node, rngs))
+    else:
+      setattr(self, f"emb_{name}", Embed(blocks.num_rows(attribute), d_node, rngs=rngs))
     setattr(self, f"null_{name}", blocks.learned_vectors(rngs, d_node))
 
   def _head_sizes(self) -> dict[str, int]:
     """{parameter name: outputs}: what is told from each attribute's token, and the full cell from the whole's."""
     sizes = {}
     for attribute in self.schema:
-      categorical = attribute.kind == "categorical"
-      head = f"{attribute.name}_{'classifier' if categorical else 'regressor'}"
-      sizes[head] = attribute.num_levels if categorical else 1
-    return {**sizes, "joint_classifier": math.prod(attribute.num_levels for attribute in self.schema)}
+      number = attribute.kind == "continuous"
+      head = f"{attribute.name}_{'regressor' if number else 'classifier'}"
+      sizes[head] = 1 if number else blocks.num_rows(attribute)
+    cells = math.prod(attribute.num_levels for attribute in self.schema.grouping)
+    return {**sizes, "joint_classifier": cells} if self.schema.grouping.names else sizes
 
   def _embed(self, attribute: Attribute, values: jax.Array) -> jax.Array:
     """Encoded values [B] to embeddings [B, d]: the null where unknown."""
     name, known = attribute.name, attribute.is_known(values)
-    if attribute.kind == "categorical":
-      embedding = getattr(self, f"emb_{name}")(jnp.maximum(values, 0))
-    else:
+    if attribute.kind == "continuous":
       embedding = blocks.encode_number(getattr(self, f"{name}_encoder"), attribute, values)
+    else:
+      embedding = blocks.sum_rows(getattr(self, f"emb_{name}"), blocks.table_rows(attribute, values))
     return jnp.where(known[:, None], embedding, getattr(self, f"null_{name}")[...])
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
@@ -194,14 +196,17 @@ class Typed(nnx.Module):
 
     Each reads its attribute's token, that of the whole cell the token of the whole; a single token is read by all.
     """
-    levels = {a.name: level_indices(a, attributes[a.name]) for a in self.schema}
-    joint = blocks.joint_levels(levels, {a.name: a.num_levels for a in self.schema})
+    classes = {a.name: blocks.class_targets(a, attributes[a.name]) for a in self.schema}
     logits, targets, regressions = {}, {}, {}
     for head in self.heads:
       name, _, role = head.rpartition("_")
       said = blocks.apply_block(getattr(self, head), tokens.get(name, tokens["cls"]), masks[head])
       if role == "classifier":
-        logits[name], targets[name] = said, {**levels, "joint": joint}[name]
+        if name == "joint":
+          sizes = {a.name: a.num_levels for a in self.schema.grouping}
+          logits[name], targets[name] = said, blocks.joint_levels(classes, sizes)
+        else:
+          logits[name], targets[name] = blocks.class_logits(self.schema[name], said), classes[name]
       else:
         attribute = self.schema[name]
         span = attribute.high - attribute.low

@@ -7,7 +7,7 @@ shards per split. Each record has
   patient     salted hash of the patient id; no patient is in two splits
   image       encoded PNG or JPEG bytes
   text        clinical text without demographics
-  attributes  one typed column per schema attribute (int32 index or float32; -1 or NaN when unknown)
+  attributes  one typed column per schema attribute (int32 index, float32, or int8 per label; -1 or NaN when unknown)
   findings    JSON object {finding: "positive" | "negative" | "uncertain"}; unmentioned findings are absent
   factors     JSON object of everything a phantom drew; "{}" for real images
 """
@@ -40,7 +40,7 @@ def features(schema: Schema) -> tfds.features.FeaturesDict:
       "patient": text(),
       "image": text(),
       "text": text(),
-      "attributes": {a.name: tfds.features.Scalar(a.dtype) for a in schema},
+      "attributes": {a.name: tfds.features.Tensor(shape=a.shape, dtype=a.dtype) for a in schema},
       "findings": text(),
       "factors": text(),
     }
@@ -122,13 +122,13 @@ class RecordSet:
       raise InputError(f"{self.path}: split {name!r} is empty; prepare more data or choose another split")
     count = len(self._shards[name])
     paths = [self.path / _shard_name(self.name, name, i, count) for i in range(count)]
-    return RecordSource(paths, self._shards[name], features(self.schema))
+    return RecordSource(paths, self._shards[name], self.schema)
 
 
 class RecordSource:
   """Random access to records as dicts; what Grain calls a data source. Picklable, so worker processes can reopen it."""
 
-  def __init__(self, paths: Sequence[Path], lengths: Sequence[int], description: tfds.features.FeaturesDict):
+  def __init__(self, paths: Sequence[Path], lengths: Sequence[int], schema: Schema):
     for path, length in zip(paths, lengths):
       if not path.exists():
         raise InputError(f"{path} is missing; prepare the data set again")
@@ -140,7 +140,8 @@ class RecordSource:
         raise InputError(f"{path} holds {found} records, dataset_info.json says {length}; prepare the data set again")
     self._paths = [str(path) for path in paths]
     self._starts = np.cumsum([0, *lengths])
-    self._description = description
+    self._schema = schema
+    self._description = features(schema)
     self._readers: list[ArrayRecordReader | None] = [None] * len(paths)
 
   def __len__(self) -> int:
@@ -154,11 +155,19 @@ class RecordSource:
     if self._readers[shard] is None:
       self._readers[shard] = ArrayRecordReader(self._paths[shard])
     (data,) = self._readers[shard].read([index - int(self._starts[shard])])
-    record = self._description.deserialize_example_np(data)
+    try:
+      record = self._description.deserialize_example_np(data)
+    except (KeyError, ValueError) as error:
+      raise InputError(
+        f"{self._paths[shard]}: record {index} does not fit schema.json ({' '.join(str(error).split())}); prepare the"
+        " data set again"
+      ) from None
     for field in ("key", "patient", "text"):
       record[field] = record[field].decode()
     for field in ("findings", "factors"):
       record[field] = json.loads(record[field])
+    values = {name: np.asarray(value)[None] for name, value in record["attributes"].items()}
+    self._schema.check_batch(values, f"{Path(self._paths[shard]).name} record {record['key']}")
     return record
 
   def __getstate__(self):

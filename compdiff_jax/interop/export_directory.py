@@ -72,9 +72,15 @@ def _model_index(conditioner_class: str | None, scheduler_class: str) -> dict[st
 def _check(schema: Schema, prompt_attributes: Sequence[str], tokenizer_dir: Path) -> None:
   for name in prompt_attributes:
     schema[name]
-  for name in schema.names:
-    if name in _PIPELINE_KEYWORDS:
-      raise InputError(f"attribute {name!r} is also an argument of the torch pipeline; rename it in the schema")
+  for attribute in schema:
+    if attribute.name in _PIPELINE_KEYWORDS:
+      raise InputError(
+        f"attribute {attribute.name!r} is also an argument of the torch pipeline; rename it in the schema"
+      )
+    if attribute.kind == "multilabel":
+      raise InputError(
+        f"attribute {attribute.name!r} is multilabel, which the torch pipeline does not know; train without it"
+      )
   if not (tokenizer_dir / "vocab.json").exists() and not (tokenizer_dir / "tokenizer.json").exists():
     raise InputError(
       f"{tokenizer_dir} has neither vocab.json nor tokenizer.json; give the directory of a CLIP tokenizer"

@@ -12,9 +12,13 @@ _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def grid_attributes(schema: Schema) -> dict[str, np.ndarray]:
-  """One row per full cell, first attribute slowest: {name: [number of cells]}; bins by their middle."""
-  cells = schema.cells()
-  return {a.name: np.asarray([a.representative(cell[a.name]) for cell in cells], a.dtype) for a in schema}
+  """One row per full cell, first attribute slowest: {name: [number of cells]}; bins by their middle.
+
+  A multilabel attribute has no levels and stays unknown.
+  """
+  cells = schema.grouping.cells()
+  known = {a.name: [a.representative(cell[a.name]) for cell in cells] for a in schema.grouping}
+  return schema.unknown(len(cells)) | {name: np.asarray(v, schema[name].dtype) for name, v in known.items()}
 
 
 def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1600) -> Image.Image:
@@ -22,6 +26,7 @@ def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1
 
   Rows are the levels of the first attribute (age), columns the combinations of the others (sex x group).
   """
+  schema = schema.grouping
   rows = schema.attributes[0].num_levels
   columns = len(images) // rows
   side = max(64, min(images.shape[1], max_width // columns))
@@ -58,6 +63,6 @@ def sample_grid(
 ) -> Image.Image:
   """Draws every cell of `schema` from one text and one seed. `generate` is (texts, attributes, seeds) -> images."""
   attributes = grid_attributes(schema)
-  count = len(schema.cells())
+  count = len(schema.grouping.cells())
   images = generate([text] * count, attributes, np.full([count], seed, np.uint32))
   return draw_grid(images, schema, title)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from compdiff_jax.cli import InputError, nearest, writing
-from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.conditioning.schema import Attribute, Schema, Value
 from compdiff_jax.data.csv_file import FIRST_ROW, read_csv
 from compdiff_jax.data.records import RecordSet
 
@@ -29,7 +29,7 @@ class PlanRow:
   """
 
   text: str
-  attributes: Mapping[str, int | float]
+  attributes: Mapping[str, Value]
   seed: int
   row: int
   id: str = ""
@@ -61,7 +61,7 @@ def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
   return rows
 
 
-def _encode(attribute: Attribute, text: str, place: str) -> int | float:
+def _encode(attribute: Attribute, text: str, place: str) -> Value:
   try:
     return attribute.encode(text)
   except ValueError as error:
@@ -116,7 +116,7 @@ def balanced_plan(
   for number in range(len(cells) * per_cell):
     cell, members = cells[number % len(cells)], inside[number % len(cells)]
     donor = int(rng.integers(len(texts)))
-    values = {a.name: columns[a.name][donor].item() for a in records.schema}
+    values = {a.name: columns[a.name][donor].tolist() for a in records.schema}
     like = int(rng.choice(members)) if len(members) else None
     for a in named:
       if a.kind == "categorical":
@@ -131,7 +131,7 @@ def copied_plan(records: RecordSet, split: str, seed: int = 0) -> list[PlanRow]:
   """One row for each record of a split, with its text and attributes, so that real and synthetic sets match."""
   keys, texts, columns = _read(records, split)
   seeds = _seeds(np.random.default_rng(seed), len(texts))
-  values = [{name: column[i].item() for name, column in columns.items()} for i in range(len(texts))]
+  values = [{name: column[i].tolist() for name, column in columns.items()} for i in range(len(texts))]
   return [PlanRow(texts[i], values[i], seeds[i], i, keys[i]) for i in range(len(texts))]
 
 

@@ -153,13 +153,15 @@ class _Conditioner(ModelMixin, ConfigMixin):
       if self.represents_unknown:
         setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
 
-  def _embed_levels(self, encoded):
+  def _embed_levels(self, encoded, ordinal=False):
     """{name: [B, d]}, each row of a table or the null; and bool [B], where a sample has a representation."""
     embeddings, known = {}, []
     for name in self.names:
       level = self._levels(name, encoded[name])
       known.append((level >= 0) | self.represents_unknown)
-      embeddings[name] = getattr(self, f"emb_{name}")(level.clamp(min=0))
+      table = getattr(self, f"emb_{name}").weight
+      table = table.cumsum(dim=0) if ordinal and not self._is_categorical(name) else table
+      embeddings[name] = table[level.clamp(min=0)]
       if self.represents_unknown:
         embeddings[name] = torch.where((level >= 0)[:, None], embeddings[name], getattr(self, f"null_{name}"))
     return embeddings, torch.stack(known).all(dim=0)
@@ -193,6 +195,8 @@ class HierarchicalConditioner(_Conditioner):
     dropout: rate used in training, kept for the record.
     use_uncertainty: whether the latent has its own mean and standard deviation.
     aux_hidden_dim: hidden width of the auxiliary classifiers (read in training only); 0: there are none.
+    ordinal_encoder: whether the embedding of a number's bin is the sum of the table's rows up to it.
+    ordinal_loss, soft_sigma: of training, kept for the record.
     learned_nulls: whether an unknown attribute has a learned embedding; if not, all are given or none.
     prompt_attributes: names put in front of the text, as in "54 year old. <text>".
   """
@@ -207,6 +211,9 @@ class HierarchicalConditioner(_Conditioner):
     dropout: float = 0.1,
     use_uncertainty: bool = True,
     aux_hidden_dim: int = 512,
+    ordinal_encoder: bool = False,
+    ordinal_loss: str = "cross_entropy",
+    soft_sigma: float = 0.75,
     learned_nulls: bool = True,
     prompt_attributes: list = (),
   ):
@@ -224,7 +231,7 @@ class HierarchicalConditioner(_Conditioner):
 
   def forward(self, encoded):
     """Encoded lists {name: [B]} to tokens [B, 1, d_ctx] (zeros where unknown values have no learned null), and None."""
-    embeddings, known = self._embed_levels(encoded)
+    embeddings, known = self._embed_levels(encoded, self.config.ordinal_encoder)
     h = self._compose_pairs(embeddings)
     token = self.proj_ctx(self.mu_head(h) if self.config.use_uncertainty else h)
     return torch.where(known[:, None], token, 0)[:, None], None
