@@ -50,6 +50,18 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
 
   # A conditioner without a latent has no `kl` and no `composition`, one without heads no `auxiliary`.
   config.loss = ml_collections.ConfigDict({"kl": 0.005, "kl_anneal_steps": 5000, "composition": 0.1, "auxiliary": 1.0})
+  # FairDiffusion: "published" or "compdiff" weights the denoising loss, "" does not. No attributes means all of them.
+  config.fairness = ml_collections.ConfigDict(
+    {
+      "variant": "",
+      "attributes": (),
+      "sigma_init": 1.0,
+      "window": 30,  # optimizer steps between two searches
+      "exploitation": 0.95,
+      "min_weight": 0.1,  # of a sample, in "compdiff"
+      "ucb_beta": 0.1,
+    }
+  )
   config.dropout = ml_collections.ConfigDict({"text": 0.1, "attribute": 0.1, "all_attributes": 0.1})
   config.train = ml_collections.ConfigDict(
     {

@@ -72,13 +72,13 @@ def tree_shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
   """Shardings for a pytree of arrays whose innermost dict keys are parameter names.
 
   Optimizer moments and EMA hold trees of the same keys as the parameters, so they get the parameters' shardings;
-  leaves that are not below a parameter name (counters) are replicated.
+  leaves that are not below a parameter name (counters, the state of FairDiffusion) are replicated.
   """
 
   def sharding(path, leaf):
     keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     name = ".".join(map(str, keys[-2:]))
-    spec = parameter_spec(name, leaf.shape, rules, mesh) if leaf.ndim else PartitionSpec()
+    spec = parameter_spec(name, leaf.shape, rules, mesh) if leaf.ndim and keys else PartitionSpec()
     return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(sharding, tree)

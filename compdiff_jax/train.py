@@ -20,6 +20,7 @@ from compdiff_jax.metrics import MetricWriter, Progress
 from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.job import make_generate
 from compdiff_jax.training.checks import check_finite, check_intervals, print_summary
+from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
 from compdiff_jax.training.step import make_train_step
@@ -43,7 +44,8 @@ def main(argv: list[str]) -> None:
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   optimizer = make_optimizer(config.train)
-  create = lambda params: TrainState.create(params, optimizer)  # noqa: E731
+  fairness = make_fairness(config, schema)
+  create = lambda params: TrainState.create(params, optimizer, fairness and fairness.create())  # noqa: E731
   shapes = {name: model.component(name).shapes for name in model.trained}
   abstract = jax.eval_shape(create, shapes)
   shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
@@ -85,7 +87,7 @@ def main(argv: list[str]) -> None:
 
   # ---- The step
   step_fn = jax.jit(
-    make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids)),
+    make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
@@ -110,6 +112,8 @@ def main(argv: list[str]) -> None:
       data_wait += time.monotonic() - waiting
       batch = jax.device_put(batch, sharding.batch_sharding(mesh))
       state, metrics = step_fn(state, frozen, batch)
+      if fairness is not None and fairness.due(step - 1):
+        state = state._replace(fairness=fairness.search(state.fairness, step - 1))
       pending.append(metrics)
 
       if step % config.logging.log_every == 0 or step == config.train.steps:

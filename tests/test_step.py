@@ -14,6 +14,7 @@ from compdiff_jax.config import load_config
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
 from compdiff_jax.training.step import make_train_step, sample_keys
@@ -43,23 +44,25 @@ class _Setting:
     self.batch["attributes"]["sex"][:5] = -1  # unknowns, unevenly over devices and micro-batches
 
   @functools.cache  # noqa: B019 (one instance, for the module)
-  def program(self, data, fsdp, tensor, accumulation, rules):
+  def program(self, data, fsdp, tensor, accumulation, rules, variant):
     config = self.config.copy_and_resolve_references()
     config.train.accumulation = accumulation
+    config.fairness.variant = variant
+    fairness = make_fairness(config, self.schema)
     mesh = sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": tensor}, jax.devices()[: data * fsdp * tensor])
     optimizer = make_optimizer(config.train)
-    create = lambda p: TrainState.create(p, optimizer)  # noqa: E731
+    create = lambda p: TrainState.create(p, optimizer, fairness and fairness.create())  # noqa: E731
     shardings = sharding.tree_shardings(jax.eval_shape(create, self.params), rules, mesh)
     step = jax.jit(
-      make_train_step(self.model, config, optimizer, jnp.asarray(self.tokenizer.empty_ids)),
+      make_train_step(self.model, config, optimizer, jnp.asarray(self.tokenizer.empty_ids), fairness),
       donate_argnums=0,
       out_shardings=(shardings, sharding.replicated(mesh)),
     )
     return mesh, create, shardings, step
 
-  def curve(self, data=1, fsdp=1, tensor=1, accumulation=1, rules=(), **attributes):
+  def curve(self, data=1, fsdp=1, tensor=1, accumulation=1, rules=(), variant="", **attributes):
     """Metrics of a few steps and the state after them; `attributes` replaces columns of the batch."""
-    mesh, create, shardings, step = self.program(data, fsdp, tensor, accumulation, rules)
+    mesh, create, shardings, step = self.program(data, fsdp, tensor, accumulation, rules, variant)
     # A copy: the step donates its state, and the parameters serve every test.
     state = jax.device_put(create(jax.tree.map(jnp.copy, self.params)), shardings)
     frozen = jax.device_put(self.frozen, sharding.replicated(mesh))
@@ -94,6 +97,31 @@ def test_same_losses_on_every_mesh_and_accumulation(setting, reference, layout):
   ours, theirs = jax.device_get((state.params, reference[1].params))
   # Adam divides by the gradient's size, so rounding in a gradient near zero moves a weight by up to the step size.
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2 * _STEPS * 1e-3), ours, theirs)
+
+
+@pytest.fixture(scope="module")
+def fair_reference(setting):
+  return setting.curve(variant="compdiff")
+
+
+@pytest.mark.parametrize("layout", [{"data": 2, "fsdp": 4}, {"data": 2, "accumulation": 4}])
+def test_fairness_is_that_of_the_global_batch(setting, fair_reference, layout):
+  """Weights, group means and gap; five unknowns lie unevenly over devices and micro-batches."""
+  rows, state = setting.curve(variant="compdiff", **layout)
+  for ours, theirs in zip(rows, fair_reference[0]):
+    assert ours.keys() == theirs.keys() and theirs["fair_loss_gap"] > 0
+    for name, value in ours.items():
+      assert value == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), name
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.fairness, fair_reference[1].fairness)
+
+
+def test_fairness_weights_the_denoising_loss_alone(reference, fair_reference):
+  """In the first step, before parameters differ. Groups are those of the data, whatever dropout hides."""
+  plain, fair = reference[0][0], fair_reference[0][0]
+  assert abs(fair["diffusion"] / plain["diffusion"] - 1) > 1e-3
+  for name in ("kl", "composition", "aux_age", "aux_sex", "aux_group"):
+    assert fair[name] == pytest.approx(plain[name], rel=1e-5), name
+  assert int(fair_reference[1].fairness.count) == _STEPS
 
 
 def test_fsdp_really_shards_parameters_moments_and_ema(setting):

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compdiff_jax.training.fairness import FairState
+
 # {component: {dotted parameter name: array}}, for example {"unet": {"conv_in.kernel": …}, "conditioner": {…}}
 Params = dict[str, dict[str, jax.Array]]
 
@@ -18,25 +20,33 @@ class TrainState(NamedTuple):
     params: the trained components.
     ema: their exponential moving average, float32.
     opt_state: the optimizer's state.
+    fairness: what FairDiffusion remembers; None in a run without it.
   """
 
   step: jax.Array
   params: Params
   ema: Params
   opt_state: Any
+  fairness: FairState | None = None
 
   @classmethod
-  def create(cls, params: Params, optimizer: optax.GradientTransformation) -> "TrainState":
+  def create(
+    cls, params: Params, optimizer: optax.GradientTransformation, fairness: FairState | None = None
+  ) -> "TrainState":
     # The EMA must not alias the parameters: the step donates both buffers.
-    return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+    return cls(jnp.int32(0), params, jax.tree.map(jnp.copy, params), optimizer.init(params), fairness)
 
   def parts(self) -> dict[str, Any]:
     """The pieces of a checkpoint; sampling and export read `params` or `ema` alone."""
-    return {"params": self.params, "ema": self.ema, "optimizer": {"step": self.step, "state": self.opt_state}}
+    optimizer = {"step": self.step, "state": self.opt_state}
+    if self.fairness is not None:
+      optimizer["fairness"] = self.fairness
+    return {"params": self.params, "ema": self.ema, "optimizer": optimizer}
 
   @classmethod
   def from_parts(cls, parts: dict[str, Any]) -> "TrainState":
-    return cls(parts["optimizer"]["step"], parts["params"], parts["ema"], parts["optimizer"]["state"])
+    optimizer = parts["optimizer"]
+    return cls(optimizer["step"], parts["params"], parts["ema"], optimizer["state"], optimizer.get("fairness"))
 
 
 def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:

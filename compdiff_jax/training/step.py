@@ -16,10 +16,11 @@ from compdiff_jax.conditioning.dropout import drop_attributes
 from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.diffusion import objective
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.training.fairness import FairDiffusion
 from compdiff_jax.training.state import Params, TrainState, update_ema
 
 # What each sample's key is split into. Appending a purpose leaves the other draws as they were.
-_PURPOSES = ("posterior", "noise", "timestep", "text_dropout", "attribute_dropout", "conditioner")
+_PURPOSES = ("posterior", "noise", "timestep", "text_dropout", "attribute_dropout", "conditioner", "fairness")
 
 
 def sample_keys(seed: int, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
@@ -56,7 +57,9 @@ def loss_coefficients(
   return {name: weights[name] for name in names if name in weights}
 
 
-def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Callable[..., tuple[jax.Array, Any]]:
+def make_loss(
+  model: LatentDiffusion, config: ml_collections.ConfigDict, fairness: FairDiffusion | None = None
+) -> Callable[..., tuple[jax.Array, Any]]:
   """The loss of some rows of the batch, as a share of the loss of the whole batch."""
 
   def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -74,11 +77,15 @@ def make_loss(model: LatentDiffusion, config: ml_collections.ConfigDict) -> Call
     noisy = objective.add_noise(model.schedule, latents, noise, timesteps)
     prediction = model.unet(params["unet"], noisy, timesteps, *context)
     error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
-    return {"diffusion": (error, jnp.ones_like(error)), **loss_terms(output)}
+    if fairness is None:
+      denoising = {"diffusion": (error, jnp.ones_like(error))}
+    else:
+      denoising = fairness.terms(error, rows["fair_weights"], rows["groups"])
+    return {**denoising, **loss_terms(output)}
 
   def loss(params, frozen, rows, step, weights):
     means = {
-      name: jnp.sum(values * weight) / jnp.maximum(weights[name], 1.0)
+      name: jnp.sum(values * weight) / jnp.maximum(weights[name], 1e-12)
       for name, (values, weight) in terms(params, frozen, rows).items()
     }
     coefficients = loss_coefficients(config.loss, model.conditioner_config.loss_weights, step, list(means))
@@ -97,6 +104,7 @@ def make_train_step(
   config: ml_collections.ConfigDict,
   optimizer: optax.GradientTransformation,
   empty_ids: jax.Array,
+  fairness: FairDiffusion | None = None,
 ) -> Callable[[TrainState, Params, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns step(state, frozen, batch) -> (state, metrics).
 
@@ -105,10 +113,11 @@ def make_train_step(
     config: the run's config; `loss`, `dropout`, `train` and `seed` are read here.
     optimizer: gradient transformation over the trained parameters.
     empty_ids: int32 [77], the empty prompt, which text dropout puts in.
+    fairness: weights of the samples; None: all weigh the same.
 
   The batch is {"images": uint8 [B, S, S, 3], "input_ids": int32 [B, 77], "attributes": {name: [B]}}.
   """
-  loss, total_weights = make_loss(model, config)
+  loss, total_weights = make_loss(model, config, fairness)
   accumulation = config.train.accumulation
 
   def step(state: TrainState, frozen: Params, batch: Mapping[str, Any]):
@@ -127,6 +136,9 @@ def make_train_step(
       ),
       "keys": keys,
     }
+    if fairness is not None:
+      rows["groups"] = fairness.groups(batch["attributes"])  # of the data, whatever dropout hides from the conditioner
+      rows["fair_weights"] = fairness.weights(state.fairness.sigma, rows["groups"], keys["fairness"])
     weights = total_weights(state.params, frozen, rows)
     gradient = jax.grad(loss, has_aux=True)
     if accumulation == 1:
@@ -145,6 +157,12 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, state.step, config.train.ema_decay)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, params, ema, opt_state), metrics
+    fair_state = state.fairness
+    if fairness is not None:
+      means, counts = (jnp.stack([of[name] for name in fairness.group_names]) for of in (metrics, weights))
+      fair_state, fair_metrics = fairness.advance(fair_state, means, counts, state.step)
+      # A mean over steps in some of which a group is absent would say nothing, so the groups' means are not reported.
+      metrics = {name: value for name, value in metrics.items() if name not in fairness.group_names} | fair_metrics
+    return TrainState(state.step + 1, params, ema, opt_state, fair_state), metrics
 
   return step
