@@ -178,8 +178,7 @@ def make_fairness(config: ml_collections.ConfigDict, schema: Schema) -> FairDiff
     return None
   if fields.variant not in _RAW_SAMPLES:
     raise InputError(f"fairness.variant is {fields.variant!r}{nearest(fields.variant, _RAW_SAMPLES)}")
-  names = tuple(fields.attributes) or tuple(a.name for a in schema if a.kind in ("categorical", "continuous"))
-  groups = schema.subset(names)
+  groups = schema.subset(fields.attributes) if fields.attributes else schema.grouping
   if not groups.names:
     raise InputError("fairness.variant needs attributes to make groups of, and the schema has none")
   for name in ("sigma_init", "exploitation"):
