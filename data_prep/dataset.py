@@ -138,6 +138,7 @@ def write_dataset(
       _check_rejected(out, len(rows), rejected, max_rejected)
       assigned = _assign(rows, fractions)
       holdout = hold_out(rows, assigned, schema, held_out)
+      _check_patients(out, rows, assigned)
       splits = {split: [row for row, own in zip(rows, assigned) if own == split] for split in SPLITS}
       for split, fraction in zip(SPLITS, fractions):
         if not splits[split] and fraction:
@@ -272,6 +273,19 @@ def _choose(draw: float, allowed: Sequence[str], fractions: Mapping[str, float])
     return allowed[0]
   edges = np.cumsum([fractions[split] for split in allowed])
   return allowed[int(np.searchsorted(edges[:-1], draw * edges[-1], side="right"))]
+
+
+def _check_patients(out: Path, rows: Sequence[Mapping[str, Any]], assigned: Sequence[str]) -> None:
+  """A patient in two splits would let a model be tested on what it was trained on; only given splits can do that."""
+  splits: dict[str, set[str]] = {}
+  for row, split in zip(rows, assigned):
+    splits.setdefault(row["patient"], set()).add(split)
+  both = [patient for patient, names in splits.items() if len(names) > 1]
+  if both:
+    raise InputError(
+      f"{out}: {len(both)} patients (first: hash {both[0]}) are in more than one of the splits that the data set comes"
+      " with; divide by patient instead (--split patient)"
+    )
 
 
 def _num_shards(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from compdiff_jax.cli import InputError
+from data_prep.dicom import is_dicom, read_dicom
 from data_prep.rows import RowError
 
 # The largest detectors give 25 megapixels. A file that claims more than this is damaged or wants to fill the memory.
@@ -68,33 +69,30 @@ def encode_image(image: Image.Image, options: ImageOptions) -> bytes:
   return data.getvalue()
 
 
-def stretch(values: np.ndarray, low: float, high: float) -> Image.Image:
-  """Numbers [H, W] as an image of mode F: `low` becomes 0, `high` 255, what lies outside is cut off."""
-  span = max(float(high) - float(low), 1e-12)
-  scaled = (np.asarray(values, np.float64) - low) * (255 / span)
-  return Image.fromarray(np.float32(np.clip(scaled, 0, 255)))
-
-
-def check_pixels(width: int, height: int) -> None:
+def check_pixels(pixels: int) -> None:
   """Refuses an image that would not fit into memory, before it is decoded."""
-  if width * height > MAX_PIXELS:
-    raise RowError(f"image too large: {width}x{height} pixels, the limit is {MAX_PIXELS:,} pixels")
+  if pixels > MAX_PIXELS:
+    raise RowError(f"image too large: {pixels} pixels, the limit is {MAX_PIXELS}")
 
 
 def read_image(path: Path) -> Image.Image:
   """The image of a file in mode L, RGB or F (float32 in 0..255).
 
-  Without a window of its own, an image of more than 8 bits is scaled linearly from its minimum and maximum.
+  DICOM files are shown through their own window. Other images of more than 8 bits are scaled from their minimum
+  to their maximum.
   """
+  if is_dicom(path):
+    return read_dicom(path, MAX_PIXELS)
   with Image.open(path, formats=_FORMATS) as source:
-    check_pixels(*source.size)
+    check_pixels(source.width * source.height)
     source.load()
     if source.mode[0] not in "IF":
       return source.convert("L" if source.mode in ("1", "L", "LA") else "RGB")
     values = np.asarray(source, np.float64)
   if not np.isfinite(values).all():
     raise RowError("unreadable image: it has values that are no numbers")
-  return stretch(values, values.min(), values.max())
+  low, high = values.min(), values.max()
+  return Image.fromarray(np.float32((values - low) * (255 / max(high - low, 1e-12))))
 
 
 def find_file(root: str | Path, *names: str) -> Path:

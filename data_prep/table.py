@@ -1,4 +1,4 @@
-"""Turns any CSV and a folder of images into a data set: `python -m data_prep.table --help`.
+"""Turns any CSV or Parquet table and a folder of images into a data set: `python -m data_prep.table --help`.
 
 A config file (configs/data/*.py) maps columns to attributes, text, findings and patient id. Its keys:
 
@@ -8,18 +8,17 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
   image, patient      columns: path relative to the image folder, patient id
   unknown             raw values that mean "not known" in attributes, text and findings; the empty value always does
   attributes          tuple of dicts: the fields of `Attribute`, `column`, and `mapping` {raw value: value}, where a
-                      value "" makes a raw value unknown; without `mapping` the raw values are the attribute's values
+                      value "" makes a raw value unknown; without `mapping` the raw values are the attribute's values.
+                      With unit "year", ages such as "058Y" (DICOM) and ">89" are read too
   text.parts          templates such as "{finding}."; a part is left out when one of its columns is unknown
   text.replace        (regular expression, replacement) pairs, ignoring case, applied to the columns of the text; they
-                      keep attributes out of it
+                      keep attributes and identifiers out of it, as the rules of data_prep/scrub.py do
   text.max_words      the text is cut after so many words
   findings.columns    columns whose values are names of findings that are present
   findings.separator  separates several names in one value
   attribution         columns kept per image in attribution.csv; the column "licence" is counted in the data card
 """
 
-import functools
-import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +31,12 @@ from compdiff_jax import cli
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
-from compdiff_jax.data.csv_file import FIRST_ROW, read_csv
-from data_prep import dataset
+from compdiff_jax.data.csv_file import FIRST_ROW
+from data_prep import dataset, scrub
+from data_prep.demographics import parse_age
 from data_prep.images import FolderImages, ImageOptions
 from data_prep.rows import RowError
+from data_prep.tables import read_table
 
 
 class TableReader:
@@ -46,7 +47,8 @@ class TableReader:
       raise InputError(
         f"image folder {images} does not exist; give the folder that the column {config.image!r} refers to"
       )
-    self._header, self._rows = read_csv(csv_path)
+    self._header, rows = read_table(csv_path)
+    self._rows = list(rows)
     self._config = config
     self.encode = FolderImages(str(images), ImageOptions(config.size, config.resize, config.jpeg_quality))
     if config.text.max_words < 1:
@@ -55,7 +57,8 @@ class TableReader:
     self._columns = [dict(entry) for entry in config.attributes]
     self.schema = Schema(tuple(_attribute(entry) for entry in self._columns))
     self._parts = [(part, [f for _, f, _, _ in string.Formatter().parse(part) if f]) for part in config.text.parts]
-    self._replace = [(_pattern(pattern), replacement) for pattern, replacement in config.text.replace]
+    for expression, _ in config.text.replace:
+      _check_pattern(expression)
     self._text_columns = sorted({column for _, columns in self._parts for column in columns})
     needed = [config.image, config.patient, *(entry["column"] for entry in self._columns)]
     needed += [*self._text_columns, *config.findings.columns, *config.attribution]
@@ -105,24 +108,19 @@ class TableReader:
     mapping = entry.get("mapping")
     if mapping and raw not in mapping:
       raise RowError(f"bad attribute value: {attribute.name} {raw!r} is not one of {', '.join(mapping)}")
+    value = mapping[raw] if mapping else raw
     try:
-      return attribute.encode(mapping[raw] if mapping else raw)
+      return attribute.encode(parse_age(value) if attribute.unit == "year" else value)
     except ValueError as error:
       raise RowError(f"bad attribute value: {error}") from None
 
   def _text(self, row: Mapping[str, str]) -> str:
     clean = {name: "" if self._is_unknown(row[name]) else self._clean(row[name]) for name in self._text_columns}
     text = " ".join(part.format_map(clean) for part, columns in self._parts if all(clean[c] for c in columns))
-    # What the replacements leave behind: blanks before a full stop, lone punctuation, repeated full stops.
-    text = re.sub(r"\s+([.,;:])", r"\1", " ".join(text.split()))
-    text = re.sub(r"(?:^|(?<=[.,;:]))\s*[.,;:]+", "", text).strip()
-    text = re.sub(r"(^|\. )([a-z])", lambda start: start[1] + start[2].upper(), text)
-    return " ".join(text.split()[: self._config.text.max_words]).rstrip(",;:")
+    return scrub.cut(scrub.tidy(text), self._config.text.max_words)
 
   def _clean(self, value: str) -> str:
-    for pattern, replacement in self._replace:
-      value = pattern.sub(replacement, value)
-    return value.strip()
+    return scrub.substitute(value, self._config.text.replace).strip()
 
   def _findings(self, row: Mapping[str, str]) -> dict[str, str]:
     values = [row[name] for name in self._config.findings.columns if not self._is_unknown(row[name])]
@@ -146,12 +144,11 @@ def _attribute(entry: Mapping[str, Any]) -> Attribute:
   return attribute
 
 
-@functools.cache
-def _pattern(text: str) -> re.Pattern:
+def _check_pattern(expression: str) -> None:
   try:
-    return re.compile(text, re.IGNORECASE)
-  except re.error as error:
-    raise InputError(f"config.text.replace: {text!r} is not a regular expression ({error})") from None
+    scrub.pattern(expression)
+  except InputError as error:
+    raise InputError(f"config.text.replace: {error}") from None
 
 
 def main(argv: list[str]) -> None:

@@ -9,10 +9,8 @@ images take about three seconds. `--config.size=128` changes the resolution.
 
 import ml_collections
 
-_NUMBER = (
-  r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
-  r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?)"
-)
+from data_prep import scrub
+
 # The notes tell age and sex, and the view. The text must not: the attributes carry them, and a hold-out of a
 # combination would leak through the text.
 _REPLACE = (
@@ -20,17 +18,7 @@ _REPLACE = (
   (r"^.*\bimaging (?:notes|findings):", ""),
   (r"\bdiscussion:.*$", ""),
   (r"\bpresentation:", ""),
-  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:years?|yrs?|y)[-\s]*(?:old|of age)\b", "patient"),
-  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:yo|y/o|y\.o\.)(?!\w)", "patient"),
-  (rf"\baged? (?:of )?{_NUMBER}\b", ""),
-  (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
-  (r"\b\d{1,3}\s?[MF]\b", ""),
-  (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|old|adult|aged|infant|child|teenager?)\b", ""),
-  (r"\b(?:an? )?(?:males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)\b", "patient"),
-  (r"\b(?:husband|wife|spouse|mother|father|brother|sister|son|daughter|m(?:r|s|rs)\.)(?!\w)", "relative"),
-  (r"\b(?:s?he|himself|herself)\b", "the patient"),
-  (r"\b(?:his|hers?|him)\b", "the"),
-  (r"\b(?:right |left )?(?:breasts?|mammary|prostate|prostatic|uter(?:us|ine)|ovar(?:y|ian)|pregnan(?:t|cy))\b", ""),
+  *scrub.ALL,
   (r"\b(?:an? |the )?(?:AP|PA|(?:antero|postero)[-\s]?(?:posterior|anterior)|supine|(?:semi)?[-\s]?erect)\b", ""),
   (r"\b(patient)(?:[\s,]+(?:the )?patient)+\b", r"\1"),
 )

@@ -1,0 +1,123 @@
+"""Removes identifiers and demographic words from free text by rules: (regular expression, replacement) pairs.
+
+Rules ignore case. `IDENTIFIERS` are for all free text; `DEMOGRAPHICS` keep age, sex and race out of the text, because
+the attributes carry them and a hold-out of a combination would leak through the text. `--scrub FILE` adds rules.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from compdiff_jax.cli import InputError
+
+Rules = Sequence[tuple[str, str]]
+
+_MONTH = (
+  r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+  r"|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_NAME = r"(?-i:[A-Z][\w'’-]*)"
+_NUMBER = (
+  r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
+  r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?|__+)"
+)
+
+_PERSON = r"(?:patients?|males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)"
+# Case counts here: "MS" is a disease.
+_NAMED_PERSONS = (
+  rf"\b(?-i:Drs?|DR|Prof|Doctor|Mr|Mrs|Ms|Miss)\b\.?\s+(?:_{{2,}}|{_NAME}(?:\s+{_NAME}){{0,2}})",
+  "",
+)
+IDENTIFIERS = (
+  _NAMED_PERSONS,
+  (r"\S+@\S+\.\w+", ""),
+  (
+    r"\b(?:accession|mrn|medical record|clip|record|exam|study|account)\s*(?:numbers?|no\.?|id|#)?\s*[:#]?\s*"
+    r"[a-z]{0,3}-?\d{4,}\b",
+    "",
+  ),
+  (r"(?:\b\+?1[-. ])?\(?\b\d{3}\)?[-. ]\d{3}[-. ]\d{4}\b", ""),
+  (r"\b\d{1,4}([/.-])\d{1,2}\1\d{2,4}\b", ""),
+  (r"\b(?:on|dated|from|since|of)\s+\d{1,2}/\d{1,2}\b(?!/)", ""),
+  (rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}|{_MONTH}\s+\d{{1,2}}(?:st|nd|rd|th)?)(?:,?\s+\d{{4}})?(?!\w)", ""),
+  (rf"\b{_MONTH}\s+\d{{4}}\b", ""),
+  (r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:[ap]\.m\.|[ap]m\b))?", ""),
+  (r"\b[a-z]{0,3}\d{6,}\b", ""),
+  (r"_{2,}", ""),
+)
+DEMOGRAPHICS = (
+  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:years?|yrs?|y)[-\s]*(?:old|of age)\b", "patient"),
+  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:yo|y/o|y\.o\.)(?!\w)", "patient"),
+  (rf"\baged? (?:of )?{_NUMBER}\b", ""),
+  (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
+  (r"(?:\b\d{1,3}\s?|\b_{2,})(?-i:[MF])\b", ""),
+  (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|adult|aged|infant|child|teenager?)\b", ""),
+  # "old" alone is a finding: an old fracture.
+  (rf"\b(?:an? )?old(?=\s+{_PERSON}\b)", ""),
+  (
+    r"\b(?:an? )?(?:white|caucasian|black|african[-\s]american|asian|hispanic|latin[oa])"
+    rf"(?=\s+{_PERSON}\b)",
+    "",
+  ),
+  (r"\b(?:an? )?(?:caucasian|african[-\s]american|hispanic|latin[oa])\b", ""),
+  (r"\b(?:an? )?(?:males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)\b", "patient"),
+  (r"\b(?:husband|wife|spouse|mother|father|brother|sister|son|daughter|m(?:r|s|rs)\.)(?!\w)", "relative"),
+  (r"\b(?:s?he|himself|herself)\b", "the patient"),
+  (r"\b(?:his|hers?|him)\b", "the"),
+  (r"\b(?:right |left )?(?:breasts?|mammary|prostate|prostatic|uter(?:us|ine)|ovar(?:y|ian)|pregnan(?:t|cy))\b", ""),
+  (r"\b(patient)(?:[\s,]+(?:the )?patient)+\b", r"\1"),
+)
+# Names before "Mr." becomes a relative; ages before "___ year old" loses its blank.
+ALL = (_NAMED_PERSONS, *DEMOGRAPHICS, *IDENTIFIERS)
+
+
+def scrub(text: str, rules: Rules) -> str:
+  """`text` with every rule applied in order, then tidied."""
+  return tidy(substitute(text, rules))
+
+
+def substitute(text: str, rules: Rules) -> str:
+  for expression, replacement in rules:
+    text = pattern(expression).sub(replacement, text)
+  return text
+
+
+def tidy(text: str) -> str:
+  """Mends what replacements leave: blanks before a full stop, lone punctuation, lower case after a full stop."""
+  text = re.sub(r"\(\s*\)|\[\s*\]", "", text)
+  text = re.sub(r"\s+([.,;:])", r"\1", " ".join(text.split()))
+  text = re.sub(r"(?:^|(?<=[.,;:]))\s*[.,;:]+", "", text).strip()
+  return re.sub(r"(^|\. )([a-z])", lambda start: start[1] + start[2].upper(), text)
+
+
+def cut(text: str, max_words: int) -> str:
+  """The first `max_words` words, without a hanging comma."""
+  return " ".join(text.split()[:max_words]).rstrip(",;:")
+
+
+@functools.cache
+def pattern(text: str) -> re.Pattern:
+  try:
+    return re.compile(text, re.IGNORECASE)
+  except re.error as error:
+    raise InputError(f"{text!r} is not a regular expression ({error})") from None
+
+
+def read_rules(path: str | Path) -> Rules:
+  """Rules of a text file: one regular expression a line, `=>` before a replacement; lines with # in front are notes."""
+  try:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(f"cannot read the rules {path}: {getattr(error, 'strerror', None) or error}") from None
+  rules = []
+  for number, line in enumerate(lines, start=1):
+    if not line.strip() or line.startswith("#"):
+      continue
+    expression, _, replacement = line.partition("=>")
+    try:
+      pattern(expression.strip()).sub(replacement.strip(), "")
+    except (InputError, re.error) as error:
+      raise InputError(f"{path}, line {number}: {error}") from None
+    rules.append((expression.strip(), replacement.strip()))
+  return tuple(rules)

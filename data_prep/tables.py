@@ -1,0 +1,87 @@
+"""Finds and reads the tables of a public data set: CSV (also gzipped) and Parquet, only the columns that are used."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from compdiff_jax.cli import InputError, nearest
+from compdiff_jax.data.csv_file import FIRST_ROW, iterate_csv
+
+
+class TableRow(NamedTuple):
+  """One row: its line in a spreadsheet, the used columns, and why it cannot be read (empty when it can)."""
+
+  number: int
+  values: dict[str, str]
+  fault: str
+
+
+def find_table(folders: Sequence[Path], names: Sequence[str], option: str = "--source") -> Path:
+  """The first of the files `names` (or its .gz) in the first of `folders` that has one."""
+  for folder in folders:
+    for name in names:
+      for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+          return path
+  places = folders[0] if len(folders) == 1 else f"{folders[0]} or its usual subfolders"
+  raise InputError(f"{' or '.join(names)} (or .gz) is not in {places}; check {option}")
+
+
+def read_table(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
+  """Header and rows of a CSV or Parquet file; every value is a text, a missing one is empty."""
+  if Path(path).suffix.lower() in (".parquet", ".pq"):
+    return _read_parquet(path)
+  return iterate_csv(path)
+
+
+def read_rows(path: str | Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[TableRow]:
+  """The rows with the columns named; an absent `optional` column reads as empty. Values are stripped of blanks.
+
+  Raises:
+    InputError: the file cannot be read or lacks one of `columns`.
+  """
+  header, rows = read_table(path)
+  for name in columns:
+    if name not in header:
+      raise InputError(f"{path} has no column {name!r}{nearest(name, header)}")
+  places = {name: header.index(name) for name in (*columns, *optional) if name in header}
+  absent = dict.fromkeys(set(optional) - set(header), "")
+  for number, cells in enumerate(rows, start=FIRST_ROW):
+    values = {name: cells[place].strip() if place < len(cells) else "" for name, place in places.items()}
+    wrong = len(cells) != len(header)
+    fault = f"wrong number of columns: {len(cells)} instead of {len(header)}" if wrong else ""
+    yield TableRow(number, {**values, **absent}, fault)
+
+
+def read_lookup(path: str | Path, key: str, columns: Sequence[str]) -> dict[str, Mapping[str, str]]:
+  """{value of the column `key`: the other columns}; a damaged row or a key that occurs twice stops the run."""
+  found: dict[str, Mapping[str, str]] = {}
+  for number, values, fault in read_rows(path, (key, *columns)):
+    name = values.pop(key)
+    if fault or not name:
+      raise InputError(f"{path}, row {number}: {fault or f'{key} is empty'}; fetch the file again")
+    if found.setdefault(name, values) != values:
+      raise InputError(f"{path}, row {number}: {key} {name} occurs twice with different values; fetch the file again")
+  return found
+
+
+def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
+  try:
+    import pyarrow
+    from pyarrow import parquet
+  except ImportError:
+    raise InputError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or save the table as CSV") from None
+  try:
+    file = parquet.ParquetFile(path)
+    header = [str(name) for name in file.schema_arrow.names]
+    if not file.metadata.num_rows:
+      raise InputError(f"{path} has no data rows; it needs at least one")
+    return header, _parquet_rows(file)
+  except (OSError, pyarrow.ArrowException) as error:
+    raise InputError(f"cannot read {path}: {' '.join(str(error).split())}; give a Parquet file") from None
+
+
+def _parquet_rows(file) -> Iterator[list[str]]:
+  for batch in file.iter_batches():
+    for row in zip(*(column.to_pylist() for column in batch.columns)):
+      yield ["" if value is None or value != value else str(value) for value in row]

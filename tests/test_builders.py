@@ -1,0 +1,293 @@
+"""Builders of public data sets on files of exactly their layout, and what they do with damaged input."""
+
+import csv
+import io
+import os
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import prep_layouts
+import pytest
+from PIL import Image
+
+from compdiff_jax import cli
+from compdiff_jax.data.csv_file import read_csv
+from compdiff_jax.data.records import RecordSet, decode_image
+from data_prep import chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14
+
+SHARED = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parent.parent.parent / "shared")) / "data"
+
+
+def build(module, source, *options) -> int:
+  argv = ["--source", str(source), "--out", str(source.parent / "out"), "--size", "16", *map(str, options)]
+  return cli.run(module.main, "builder", argv)
+
+
+def stored(source, files) -> dict[str, dict]:
+  """{file: record with its split and decoded attributes}; keys are hashes of the files."""
+  opened = RecordSet(source.parent / "out")
+  found = {}
+  for split in opened.splits:
+    records = opened.split(split)
+    for i in range(len(records)):
+      record = records[i]
+      known = {a.name: a.decode(record["attributes"][a.name]) for a in opened.schema}
+      found[record["key"]] = {**record, "split": split, "attributes": known}
+  keys = {file: dataset.key_hash(file, f"compdiff-jax/{opened.name}") for file in files}
+  assert set(found) <= set(keys.values())
+  return {file: found[key] for file, key in keys.items() if key in found}
+
+
+def check(source, truth, attributes=("age", "sex", "race")) -> dict[str, dict]:
+  """Every record is what the layout says, whichever way the builder read it."""
+  records = stored(source, truth)
+  assert set(records) == set(truth)
+  patients = {}
+  for file, expected in truth.items():
+    record = records[file]
+    known = record["attributes"]
+    assert float(known["age"]) == expected["age"]
+    assert {name: known[name] for name in attributes[1:]} == {name: expected[name] for name in attributes[1:]}
+    assert record["text"] == expected["text"] and record["findings"] == expected["findings"]
+    assert record["split"] == expected["split"] or expected["split"] in ("any", "train or val")
+    if expected["split"] == "train or val":
+      assert record["split"] != "test"
+    patients.setdefault(record["patient"], set()).add(expected["patient"])
+    assert decode_image(record["image"]).shape == (16, 16, 3)
+  assert all(len(originals) == 1 for originals in patients.values())
+  assert len(patients) == len({row["patient"] for row in truth.values()})
+  return records
+
+
+def error_line(module, source, capsys, *options) -> str:
+  capsys.readouterr()
+  assert build(module, source, *options) == 2
+  line = capsys.readouterr().err
+  assert line.startswith("builder: error: ") and line.count("\n") == 1
+  assert not (source.parent / "out").exists()
+  return line
+
+
+def rejected(source) -> list[dict[str, str]]:
+  with open(source.parent / "out/rejected.csv", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def source(tmp_path):
+  (tmp_path / "source").mkdir()
+  return tmp_path / "source"
+
+
+@pytest.mark.parametrize("layout", ["jpg", "dicom"])
+def test_mimic_cxr(source, layout, capsys):
+  dicom = layout == "dicom"
+  truth = prep_layouts.mimic_cxr(source, dicom=dicom, zipped=dicom, suffix=".csv" if dicom else ".csv.gz")
+  assert build(mimic_cxr, source, *(["--labels", "negbio"] if dicom else [])) == 0
+  output = capsys.readouterr().out
+  assert "48 of 60 images selected (view PA or AP)" in output and "48 rows in = 48 written + 0 rejected" in output
+  records = check(source, truth)
+  assert RecordSet(source.parent / "out").schema["race"].values == ("white", "black", "asian", "hispanic", "other")
+  assert {"", "other", "white"} <= {record["attributes"]["race"] for record in records.values()}
+  # The drawn chest is there. DICOM: MONOCHROME1 (even patients) shows the same numbers inverted.
+  for i, file in enumerate(truth):
+    drawn = Image.fromarray(prep_layouts.phantom(i // 2)).resize((13, 16), Image.Resampling.BOX)
+    found = np.corrcoef(np.ravel(drawn), np.ravel(decode_image(records[file]["image"])[:, 1:14, 0]))[0, 1]
+    assert found * (-1 if dicom and i // 2 % 2 == 0 else 1) > 0.9
+
+
+def test_nothing_stored_names_a_source(source):
+  truth = prep_layouts.mimic_cxr(source)
+  assert build(mimic_cxr, source) == 0
+  forbidden = {row["patient"] for row in truth.values()}
+  forbidden |= {part for file in truth for part in file.split("/")[3:]}  # study folders and image names
+  for path in (source.parent / "out").iterdir():
+    data = path.read_bytes()
+    assert not [word for word in forbidden if word.encode() in data], path
+  for record in stored(source, truth).values():
+    assert "/" not in record["key"] + record["text"] and "Smith" not in record["text"]
+
+
+def test_mimic_faults(source, capsys):
+  truth = prep_layouts.mimic_cxr(source)
+  files = list(truth)
+  no_image, no_report, empty_report = files[0], files[2], files[4]
+  (source / f"{no_image}.jpg").unlink()
+  for file in (no_report, empty_report):
+    report = source / "mimic-cxr-reports" / f"{os.path.dirname(file)}.txt"
+    report.write_text("WET READ: ___\n a 40 year old man.\n") if file == empty_report else report.unlink()
+  metadata = source / "mimic-cxr-2.0.0-metadata.csv.gz"
+  header, rows = read_csv(metadata)
+  lost = next(row for row in rows if row[0] in files[6])
+  prep_layouts.write_table(metadata, header, [*(row for row in rows if row != lost), [*lost[:4], "PA", 1]])
+  assert build(mimic_cxr, source, "--max_rejected", "0.2") == 0
+  reasons = Counter(row["reason"].split(":")[0] for row in rejected(source))
+  expected = ["missing image file", "no report", "no text", "wrong number of columns"]
+  assert reasons == dict.fromkeys(expected, 1)
+  assert "48 rows in = 44 written + 4 rejected" in capsys.readouterr().out
+  (where,) = (row for row in rejected(source) if row["reason"].startswith("no report"))
+  assert where["file"] == no_report and rows[int(where["row"]) - 2][0] in no_report
+
+
+def test_mimic_tables_that_cannot_be_read(source, capsys):
+  prep_layouts.mimic_cxr(source)
+  split = source / "mimic-cxr-2.0.0-split.csv.gz"
+  data = split.read_bytes()
+  split.write_bytes(data[:-40])
+  assert "is a damaged gzip file" in error_line(mimic_cxr, source, capsys)
+  split.unlink()
+  assert "mimic-cxr-2.0.0-split.csv (or .gz) is not in" in error_line(mimic_cxr, source, capsys)
+  split.write_bytes(data)
+  assert "no image has the view LL" in error_line(mimic_cxr, source, capsys, "--views", "LL")
+  (source / "hosp/patients.csv.gz").rename(source / "patients.csv.gz")
+  (source / "hosp/admissions.csv.gz").unlink()
+  assert "admissions.csv (or .gz)" in error_line(mimic_cxr, source, capsys)
+  assert "is not a folder" in error_line(mimic_cxr, source / "none", capsys)
+
+
+def test_prepared_table_of_the_reference(source):
+  truth = prep_layouts.prepared_csv(source)
+  assert build(mimic_cxr, source, "--csv", source / "split_data.csv") == 0
+  check(source, truth)
+
+
+def test_prepared_table_takes_nothing_from_prose(source, capsys):
+  truth = prep_layouts.prepared_csv(source)
+  header, rows = read_csv(source / "split_data.csv")
+  column = {name: i for i, name in enumerate(header)}
+  rows[0][column["final_sentence"]] = "Chest film of an old man. Opacity."
+  rows[1][column["ethnicity"]] = "Martian"
+  rows[2][column["split"]] = "holdout"
+  rows[3][column["Edema"]] = "2.0"
+  rows[4][column["anchor_age"]] = "155"
+  rows[5][column["image"]] = "../outside.jpg"
+  rows[6][column["ethnicity"]] = ""
+  rows[8][column["image"]] = str(source / rows[8][column["image"]])
+  prep_layouts.write_table(source / "split_data.csv", header, rows)
+  assert build(mimic_cxr, source, "--csv", source / "split_data.csv", "--max_rejected", "0.2") == 0
+  reasons = {int(row["row"]): row["reason"] for row in rejected(source)}
+  assert sorted(reasons) == [2, 3, 4, 5, 6, 7]
+  for number, reason in zip(
+    range(2, 8),
+    ("bad value: the prompt follows", "bad value: race", "bad split", "bad label", "bad attribute", "path outs"),
+  ):
+    assert reasons[number].startswith(reason), reasons[number]
+  assert stored(source, truth)[list(truth)[6]]["attributes"]["race"] == ""  # the prompt says one, the column does not
+  assert "40 rows in = 34 written + 6 rejected" in capsys.readouterr().out
+
+
+def test_own_splits_that_share_a_patient_are_refused(source, capsys):
+  prep_layouts.prepared_csv(source)
+  header, rows = read_csv(source / "split_data.csv")
+  rows[0][-1], rows[1][-1] = "train", "test"
+  prep_layouts.write_table(source / "split_data.csv", header, rows)
+  table = source / "split_data.csv"
+  assert "1 patients (first: hash" in error_line(mimic_cxr, source, capsys, "--csv", table)
+  assert build(mimic_cxr, source, "--csv", table, "--split", "patient", "--fractions", "0.5,0.25,0.25") == 0
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_nih_cxr14(source, old):
+  truth = prep_layouts.nih_cxr14(source, old=old)
+  assert build(nih_cxr14, source) == 0
+  records = check(source, truth, ("age", "sex", "view"))
+  assert records[list(truth)[1]]["text"] == "Cardiomegaly. Effusion."
+
+
+def test_nih_ages_and_lists(source, capsys):
+  prep_layouts.nih_cxr14(source)
+  header, rows = read_csv(source / "Data_Entry_2017_v2020.csv")
+  for row, age in zip(rows, ("058Y", ">89", "", "155", "003M", "x")):
+    row[4] = age
+  prep_layouts.write_table(source / "Data_Entry_2017_v2020.csv", header, rows)
+  assert build(nih_cxr14, source) == 0
+  records = stored(source, [row[0] for row in rows])
+  ages = [records[row[0]]["attributes"]["age"] for row in rows if row[0] in records][:4]
+  assert ages == ["58", "90", "", "0.25"]
+  assert [row["reason"] for row in rejected(source)] == [
+    "bad attribute value: age 155 is outside 0 to 100",
+    "bad attribute value: age 'x' is not a number",
+  ]
+  assert "48 rows in = 46 written + 2 rejected" in capsys.readouterr().out
+
+
+def test_nih_without_lists(source, capsys):
+  prep_layouts.nih_cxr14(source)
+  (source / "test_list.txt").unlink()
+  assert "use --split patient" in error_line(nih_cxr14, source, capsys)
+  assert build(nih_cxr14, source, "--split", "patient") == 0
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data absent: {SHARED} (set COMPDIFF_SHARED)")
+def test_nih_rows_as_published(source):
+  header, rows = read_csv(SHARED / "nih_metadata.csv.gz")
+  sizes = ["OriginalImage[Width", "Height]", "OriginalImagePixelSpacing[x", "y]"]
+  assert header == [*nih_cxr14._COLUMNS[:2], "Follow-up #", *nih_cxr14._COLUMNS[2:], *sizes]
+  assert len(rows) == 112_120 and {label for row in rows for label in row[1].split("|")} == set(nih_cxr14.LABELS)
+  chosen = rows[:: len(rows) // 60]
+  truth = prep_layouts.nih_cxr14(source, rows=chosen)
+  assert build(nih_cxr14, source, "--fractions", "0.5,0.4,0.1") == 0
+  check(source, truth, ("age", "sex", "view"))
+
+
+def test_chexpert(source):
+  truth = prep_layouts.chexpert(source)
+  assert build(chexpert, source, "--demographics", source / "demographics.csv") == 0
+  records = stored(source, truth)
+  for file, record in records.items():  # the order of the labels differs from MIMIC's, so texts are compared as sets
+    record["text"] = {f"{name}." for name in record["text"].removesuffix(".").split(". ")} - {"."}
+    known, expected = record["attributes"], truth[file]
+    assert (float(known["age"]), known["sex"], known["race"]) == tuple(expected[n] for n in ("age", "sex", "race"))
+    assert record["text"] == expected["text"] and record["findings"] == expected["findings"]
+    assert expected["split"] == "any" or record["split"] == "val"
+  assert set(records) == set(truth)
+
+
+def test_chexpert_without_demographics_has_no_race(source):
+  truth = prep_layouts.chexpert(source)
+  home = source / "CheXpert-v1.0-small"
+  argv = ["--source", str(home), "--out", str(source.parent / "out"), "--size", "16"]
+  assert cli.run(chexpert.main, "builder", argv) == 0
+  assert RecordSet(source.parent / "out").schema.names == ("age", "sex")
+  assert set(stored(source, truth)) == set(truth)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_fairgenmed(source, lower):
+  truth = prep_layouts.fairgenmed(source, lower=lower)
+  assert build(fairgenmed, source) == 0
+  records = check(source, truth)
+  assert RecordSet(source.parent / "out").schema["race"].values == ("white", "black", "asian")
+  for file, record in records.items():  # transposed or not, float or not: the colours are where they belong
+    image = truth[file]["image"].astype(float)
+    image = (image - image.min()) / np.ptp(image) * 255
+    inside = decode_image(record["image"])[:, 1:14].astype(float).mean((0, 1))  # 24x20 becomes 16x13
+    np.testing.assert_allclose(inside, image.mean((0, 1)), atol=8)
+
+
+def test_fairgenmed_faults(source, capsys):
+  truth = prep_layouts.fairgenmed(source)
+  files = [source / "Training" / file for file, row in truth.items() if row["split"] == "train"][:6]
+  huge = np.lib.format.header_data_from_array_1_0(np.zeros([1], np.uint8)) | {"shape": (10**6, 10**6, 3)}
+  files[0].write_bytes(files[0].read_bytes()[:300])
+  np.savez(files[1], slo_fundus=np.array([{"a": 1}], dtype=object))
+  np.savez(files[2], other=np.zeros([4, 4, 3]))
+  np.savez(files[3], slo_fundus=np.zeros([3, 8, 3]))
+  np.savez(files[4], slo_fundus=np.full([4, 4, 3], np.nan))
+  header = io.BytesIO()
+  np.lib.format.write_array_header_1_0(header, huge)
+  with zipfile.ZipFile(files[5], "w") as archive:
+    archive.writestr("slo_fundus.npy", header.getvalue() + b"\0" * 100)
+  assert build(fairgenmed, source, "--max_rejected", "0.2") == 0
+  reasons = {row["file"]: row["reason"] for row in rejected(source)}
+  expected = ["unreadable image", "unreadable image: slo_fundus holds object", 'unreadable image: "There is no item']
+  expected += [
+    "bad image shape: (3, 8, 3)",
+    "unreadable image: it is empty or",
+    "image too large: 3000000000000 pixels",
+  ]
+  for path, reason in zip(files, expected):
+    assert reasons[path.name].startswith(reason), reasons[path.name]
+  assert "40 rows in = 34 written + 6 rejected" in capsys.readouterr().out

@@ -1,0 +1,148 @@
+"""What becomes of reports, prompts, recorded demographics and free text before anything is stored."""
+
+import pytest
+
+from compdiff_jax.cli import InputError
+from data_prep import demographics, prompts, reports, scrub
+from data_prep.fairgenmed import conditions
+from data_prep.rows import RowError
+
+OFFICIAL = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PORTABLE AP)
+
+ INDICATION:  ___F with cough  // eval for pneumonia
+
+ COMPARISON:  None.
+
+ FINDINGS:
+
+ The lungs are clear.
+
+ IMPRESSION:
+
+ 1.  No acute process.
+ 2.  CT: see other report.  Old rib fracture.
+
+ NOTIFICATION:   Dr. ___ was paged.
+"""
+
+
+@pytest.mark.parametrize(
+  ("report", "expected"),
+  [
+    (OFFICIAL, "1. No acute process. 2. CT: see other report. Old rib fracture."),
+    (OFFICIAL.replace("IMPRESSION:\n", "IMPRESSION:  ___\n").partition(" 1. ")[0], "The lungs are clear."),
+    (OFFICIAL.replace("\n", "\r\n"), "1. No acute process. 2. CT: see other report. Old rib fracture."),
+    ("WET READ: ___ 4:00 PM\n  IMPRESSION: preliminary.\n" + OFFICIAL.replace(" 2. ", " 3. "), None),
+    (" CONCLUSION: Stable.\n", "Stable."),
+    (" FINDINGS AND IMPRESSION:  Stable.\n______________\nSigned", "Stable."),
+    (" FINDINGS: Clear.\n INDICATION: 50 year old man.\n", "Clear."),
+    ("A 50 year old man. The impression: is of prose.\n", ""),
+    (" INDICATION: cough\n The lungs are clear.\n", ""),
+    ("", ""),
+  ],
+)
+def test_impression(report, expected):
+  found = reports.impression(report)
+  assert found.startswith("1. No acute process. 3.") if expected is None else found == expected
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("Compared to ___, no change.", "Compared to, no change."),
+    ("Seen on 3/14/2150 at 10:45 AM. Stable.", "Seen on at. Stable."),
+    ("Radiograph dated 3/14. Stable since March 5, 2150.", "Radiograph. Stable since."),
+    ("Discussed with Dr. Ann Miller-Smith by phone (555) 123-4567.", "Discussed with by phone."),
+    ("Accession number: AB1234567, MRN 0012345.", "Number:"),
+    ("Call a.b@c.org about 12345678.", "Call about."),
+    ("___ year old woman with an old fracture. She is stable.", "Patient with an old fracture. The patient is stable."),
+    ("Mr. Jones, 81 y/o, elderly Caucasian male. Clear.", "Patient. Clear."),
+    ("63M and ___F with MS Findings.", "And with MS Findings."),
+    ("Black lines; 2/3 of the lung, 10 mm nodule, L4/5, marked 10 cm.", None),
+    ("T2-3 level 1.5-20 cm, decreased 5 mm; 8 F catheter? ratio 3.", None),
+  ],
+)
+def test_scrub(text, expected):
+  found = scrub.scrub(text, scrub.ALL)
+  if expected is None:
+    assert found.replace(" F ", " ") == text.replace(" 8 F ", " ")
+  elif expected == "Number:":
+    assert not any(digit in found for digit in "0123456789")
+  else:
+    assert found == expected
+
+
+def test_rules_from_a_file(tmp_path):
+  (tmp_path / "rules.txt").write_text("# names of wards\nward \\d+\nST\\. ELSEWHERE => hospital\n\n")
+  rules = scrub.read_rules(tmp_path / "rules.txt")
+  assert scrub.scrub("From ward 12 of St. Elsewhere.", rules) == "From of hospital."
+  (tmp_path / "rules.txt").write_text("good\n(bad\n")
+  with pytest.raises(InputError, match="line 2"):
+    scrub.read_rules(tmp_path / "rules.txt")
+  with pytest.raises(InputError, match="cannot read"):
+    scrub.read_rules(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+  ("text", "age"),
+  [("58", "58"), ("058Y", "58"), ("006M", "0.5"), (">89", "90"), ("90+", "90"), (" ", ""), ("NaN", ""), ("155", "155")],
+)
+def test_ages(text, age):
+  assert demographics.parse_age(text) == age
+
+
+def test_races_as_recorded():
+  groups = {
+    "white": ("WHITE", "WHITE - RUSSIAN", "White or Caucasian", "White, non-Hispanic"),
+    "black": ("BLACK/AFRICAN AMERICAN", "BLACK/CAPE VERDEAN", "Black or African American"),
+    "asian": ("ASIAN", "ASIAN - SOUTH EAST ASIAN"),
+    "hispanic": ("HISPANIC OR LATINO", "HISPANIC/LATINO - CUBAN"),
+    "other": ("OTHER", "PORTUGUESE", "SOUTH AMERICAN", "MULTIPLE RACE/ETHNICITY", "NATIVE HAWAIIAN OR OTHER PACIFIC"),
+    "": ("UNKNOWN", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER", "Race and Ethnicity Unknown", "", "nan"),
+  }
+  for group, texts in groups.items():
+    assert {demographics.parse_race(text) for text in texts} == {group}
+  for text in ("Martian", "Blackish", "1"):
+    with pytest.raises(ValueError, match="race"):
+      demographics.parse_race(text)
+  assert demographics.agreed_race({"WHITE", "WHITE - RUSSIAN", "UNKNOWN"}) == "white"
+  assert demographics.agreed_race({"WHITE", "OTHER"}) == "" == demographics.agreed_race(set())
+  with pytest.raises(ValueError, match="sex"):
+    demographics.parse_sex("X")
+
+
+def test_ages_above_89_are_one_group():
+  assert demographics.age_at("52", "2180", 2187) == "59"
+  assert demographics.age_at("52", "2180", 2178) == "50"
+  assert demographics.age_at("88", "2180", 2182) == "91" == demographics.age_at("91", "2180", 2150)
+  with pytest.raises(ValueError, match="age -3"):
+    demographics.age_at("2", "2180", 2175)
+
+
+def test_prompts_of_the_reference():
+  chest = prompts.split_prompt("54 year old White male. Opacity. A 3 year old lesion.")
+  assert chest == {"age": "54", "race": "White", "sex": "male", "text": "Opacity. A 3 year old lesion."}
+  fundus = "SLO fundus image of a Black, Female, {} patient with the following conditions: glaucoma, myopia"
+  assert prompts.split_prompt(fundus.format("61 years old"))["age"] == "61"
+  parts = prompts.split_prompt(fundus.format("unknown age"))
+  assert parts == {"age": "", "race": "Black", "sex": "Female", "text": "glaucoma, myopia"}
+  for other in (
+    "Opacity.",
+    "54 year old. Opacity.",
+    "a 54 year old White male. Opacity.",
+    "54 year old White male.",
+    "",
+  ):
+    with pytest.raises(ValueError, match="neither template"):
+      prompts.split_prompt(other)
+
+
+def test_conditions_of_a_fundus_image():
+  text, findings = conditions("Yes", "severe", "borderline", "neutral")
+  assert text == "glaucoma, severe vision loss, borderline cup-disc ratio, emmetropia"
+  assert findings["abnormal cup-disc ratio"] == "uncertain" and findings["myopia"] == "negative"
+  assert conditions("0", "", "unknown", "") == ("non-glaucoma", {"glaucoma": "negative"})
+  assert conditions("", "", "", "") == ("", {})
+  with pytest.raises(RowError, match="cdr_status 'huge'"):
+    conditions("1", "normal", "huge", "positive")
