@@ -17,9 +17,19 @@ def attribute_columns(rows: Sequence[Mapping[str, Any]], schema: Schema) -> dict
 
 
 def hold_out(
-  rows: Sequence[Mapping[str, Any]], assigned: list[str], schema: Schema, cells: Sequence[Cell]
+  rows: Sequence[Mapping[str, Any]],
+  assigned: list[str],
+  schema: Schema,
+  cells: Sequence[Cell],
+  placed: Sequence[bool] = (),
 ) -> dict[str, Any] | None:
   """Moves patients of held-out cells to test (in place); returns the content of holdout.json.
+
+  Args:
+    rows: dicts with `patient` and `attributes`.
+    assigned: the split of each row.
+    schema: the attributes; cells: the cells to hold out.
+    placed: rows that belong to such a cell although their attributes do not say so; their patients go too.
 
   `status` of a cell is "pair-seen" when each pair of its levels still occurs together in training, else "pair-unseen".
   `cost` counts, per cell that is not held out, the train and val images that left with their patients.
@@ -30,7 +40,8 @@ def hold_out(
   columns = attribute_columns(rows, schema)
   inside = {schema.cell_name(cell): schema.in_cell(columns, cell) for cell in cells}
   any_inside = np.logical_or.reduce(list(inside.values()))
-  patients = {row["patient"] for row, hit in zip(rows, any_inside) if hit}
+  leaving = any_inside | np.asarray(placed, bool) if len(placed) else any_inside
+  patients = {row["patient"] for row, hit in zip(rows, leaving) if hit}
   names = _cell_names(columns, schema)
   moved = [i for i, row in enumerate(rows) if row["patient"] in patients and assigned[i] != "test"]
   before = {level for i, own in enumerate(assigned) if own == "train" for level in _levels(names[i])}

@@ -1,0 +1,136 @@
+"""Finds attribute levels that a clinical text names: "72 year old", "woman", "group D".
+
+A held-out cell is unseen only if neither the attributes nor the words of training name it. Words are found by regular
+expressions, which know no context ("his wife" names a woman): they err on the side of finding too much.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from compdiff_jax.cli import InputError, nearest
+from compdiff_jax.conditioning.schema import Attribute, Schema
+
+# {attribute: {level: [regular expression, ...]}}; of a continuous attribute, "number" holds expressions whose first
+# group is the value.
+Patterns = Mapping[str, Mapping[str, Sequence[str]]]
+NUMBER = "number"
+
+_SYNONYMS = {
+  "female": ("woman", "women", "girl", "lady", "she", "her", "hers"),
+  "male": ("man", "men", "boy", "gentleman", "he", "him", "his"),
+  "white": ("caucasian",),
+  "black": ("african american", "african-american"),
+  "hispanic": ("latino", "latina"),
+}
+_SEX_LETTERS = {"f": "female", "m": "male"}
+_DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORDS = {
+  **{word: i for i, word in enumerate(_DIGITS, start=1)},
+  **{word: i for i, word in enumerate(_TEENS, start=10)},
+  **{word: 10 * i for i, word in enumerate(_TENS, start=2)},
+}
+_DECADES = {word.removesuffix("y") + "ies": _WORDS[word] for word in _TENS}
+_NUMBER = r"(?<![\d.])(\d{1,3}(?:\.\d+)?)"
+_SPELLED = rf"\b((?:{'|'.join(_TENS)})(?:[\s-]+(?:{'|'.join(_DIGITS)}))?|{'|'.join(_TEENS)})"
+_DECADE = re.compile(
+  rf"\bin\s+(?:his|her|their|the)\s+(?:early\s+|mid[\s-]+|late\s+)?(\d0'?s|{'|'.join(_DECADES)})\b", re.IGNORECASE
+)
+_OLD = r"[\s-]*(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"  # 72 year old, 72-year-old, 72 years of age, 72 y/o, 72yo
+
+
+def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
+  if attribute.kind == "continuous":
+    if attribute.unit == "year":
+      return {NUMBER: [_NUMBER + _OLD, _SPELLED + _OLD, r"\baged?[\s:]+(\d{1,3})\b", r"\b(\d{1,3})\s*[mf]\b"]}
+    return {NUMBER: [rf"{_NUMBER}\s*{re.escape(attribute.unit)}\b"]} if attribute.unit else {}
+  patterns = {}
+  for value in attribute.values:
+    word = re.escape(value.lower())
+    meant = _SEX_LETTERS.get(word, value.lower())
+    # One or two letters are words of their own in any text ("A small effusion"): the attribute must be named too.
+    short = len(value) < 3
+    forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}(?!\w)"]
+    forms += [rf"\b{synonym}\b" for synonym in _SYNONYMS.get(meant, ())]
+    forms += [rf"\b\d{{1,3}}\s*{letter}\b" for letter, sex in _SEX_LETTERS.items() if sex == meant]  # "72F"
+    patterns[value] = forms
+  return patterns
+
+
+def read_patterns(path: str | Path, schema: Schema) -> Patterns:
+  """Reads a JSON file of patterns; every attribute, level and expression in it must be usable."""
+  try:
+    patterns = json.loads(Path(path).read_text(encoding="utf-8"))
+    entries = [(a, level, e) for a, levels in patterns.items() for level, own in levels.items() for e in own]
+  except (OSError, ValueError, AttributeError, TypeError) as error:
+    raise InputError(f"{path} is no JSON object of attribute, level and list of expressions ({error})") from None
+  for name, level, expression in entries:
+    attribute = schema[name]
+    allowed = [*attribute.level_names, *([NUMBER] if attribute.kind == "continuous" else [])]
+    if level not in allowed:
+      raise InputError(f"{path}: {name} has no level {level!r}{nearest(level, allowed)}")
+    try:
+      groups = re.compile(expression).groups
+    except (re.error, TypeError) as error:
+      raise InputError(f"{path}: {expression!r} of {name} is no regular expression ({error})") from None
+    if level == NUMBER and groups < 1:
+      raise InputError(f"{path}: {expression!r} of {name} needs a group around the number")
+  return patterns
+
+
+class Scanner:
+  """Finds the levels that texts name.
+
+  Args:
+    schema: the attributes.
+    patterns: replace the built-in ones of the attributes they name; an empty object turns an attribute off.
+  """
+
+  def __init__(self, schema: Schema, patterns: Patterns | None = None):
+    self._rules = []
+    for attribute in schema.grouping:
+      own = (patterns or {}).get(attribute.name, _default_patterns(attribute))
+      compiled = {level: [re.compile(e, re.IGNORECASE) for e in expressions] for level, expressions in own.items()}
+      self._rules.append((attribute, compiled))
+
+  def __call__(self, text: str) -> dict[str, dict[int, str]]:
+    """{attribute: {level: the words that name it}} for every attribute that the text names."""
+    named = {}
+    for attribute, rules in self._rules:
+      found: dict[int, str] = {}
+      for level, phrase in _find(attribute, rules, text):
+        found.setdefault(level, phrase)
+      if found:
+        named[attribute.name] = found
+    return named
+
+
+def _find(attribute: Attribute, rules: Mapping[str, Sequence[re.Pattern]], text: str) -> Iterator[tuple[int, str]]:
+  for level, expressions in rules.items():
+    for match in (match for expression in expressions for match in expression.finditer(text)):
+      if level != NUMBER:
+        yield attribute.level_names.index(level), match.group()
+        continue
+      value = _value(match.group(1))
+      if value is not None and attribute.low <= value <= attribute.high:
+        yield int(attribute.levels(np.array([value]))[0]), match.group()
+  if attribute.kind == "continuous" and attribute.unit == "year" and NUMBER in rules:
+    for match in _DECADE.finditer(text):
+      start = _DECADES.get(match.group(1).lower()) or int(re.sub(r"\D", "", match.group(1)))
+      for year in (start, start + 9):  # a decade may lie in two bins
+        if attribute.low <= year <= attribute.high:
+          yield int(attribute.levels(np.array([float(year)]))[0]), match.group()
+
+
+def _value(text: str) -> float | None:
+  """A number in digits or English words below one hundred."""
+  try:
+    return float(text)
+  except ValueError:
+    parts = [_WORDS.get(part) for part in re.split(r"[\s-]+", text.lower())]
+    return None if None in parts else float(sum(parts))

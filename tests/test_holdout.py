@@ -1,0 +1,190 @@
+"""data_prep.holdout: what leaves training, what remains, and that neither attributes nor words leak."""
+
+import csv
+import json
+from collections import Counter
+
+import pytest
+from test_dataset import SCHEMA, examples, records, write
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.data.records import RecordSet
+from data_prep import holdout
+from data_prep.leaks import Scanner, read_patterns
+
+_CELL = "age=40-60,sex=female,group=B"
+
+
+def _read_csv(path):
+  with open(path, newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def _inside(attributes):
+  return 40 <= attributes["age"] < 60 and attributes["sex"] == 1 and attributes["group"] == 1
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+  path = tmp_path_factory.mktemp("holdout") / "source"
+  items = [{**item, "attribution": {"licence": f"L{i % 3}"}} for i, item in enumerate(examples(500))]
+  write(path, items)
+  return path
+
+
+def _run(source, out, *options):
+  holdout.main(["--data", str(source), "--out", str(out), *options])
+  return json.loads((out / "holdout.json").read_text())
+
+
+def test_cell_and_its_patients_leave_training_and_nothing_is_lost(source, tmp_path):
+  before = records(source)
+  found = _run(source, tmp_path / "out", "--cells", _CELL)
+  after = records(tmp_path / "out")
+  patients = {r["patient"] for members in before.values() for r in members if _inside(r["attributes"])}
+  for split in ("train", "val"):
+    assert [r["key"] for r in after[split]] == [r["key"] for r in before[split] if r["patient"] not in patients]
+  stored = {r["key"]: r for members in after.values() for r in members}
+  assert len(stored) == 500
+  for r in (r for members in before.values() for r in members):
+    new = stored[r["key"]]
+    assert {**r, "attributes": 0} == {**new, "attributes": 0}
+    assert repr(r["attributes"]) == repr(new["attributes"])
+  assert found["status"] == {_CELL: "pair-seen"} and found["text"]["status"] == "no leak"
+  assert found["proof"]["images_checked"] == len(after["train"]) + len(after["val"])
+  assert found["proof"]["images_in_held_out_cells"] == found["proof"]["images_of_held_out_patients"] == 0
+  assert RecordSet(tmp_path / "out").held_out == (_CELL,)
+  # Every marginal of the cell is still there.
+  ages = [r["attributes"]["age"] for r in after["train"]]
+  assert any(40 <= age < 60 for age in ages)
+
+  listed = _read_csv(tmp_path / "out" / "holdout_images.csv")
+  assert {line["key"] for line in listed} == {r["key"] for r in after["test"] if _inside(r["attributes"])}
+  assert {(line["cell"], line["status"]) for line in listed} == {(_CELL, "pair-seen")}
+  splits = {r["key"]: split for split, members in after.items() for r in members}
+  for line in _read_csv(tmp_path / "out" / "attribution.csv"):
+    assert line["split"] == splits[line["key"]] and line["licence"] == f"L{int(line['key'][1:]) % 3}"
+  assert f"| {_CELL} |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_earlier_holdouts_are_kept(source, tmp_path):
+  _run(source, tmp_path / "one", "--cells", _CELL)
+  found = _run(tmp_path / "one", tmp_path / "two", "--cells", "age=0-40,sex=male,group=A")
+  assert found["cells"] == [_CELL, "age=0-40,sex=male,group=A"]
+
+
+@pytest.mark.parametrize("names", [("age", "sex", "group"), ("sex", "group")])
+def test_rarest_cells_are_those_with_fewest_training_images(source, tmp_path, names):
+  found = _run(source, tmp_path / "out", "--rarest", "2", "--attributes", ",".join(names))
+  counts = Counter()
+  for r in records(source)["train"]:
+    age, sex, group = (r["attributes"][name] for name in ("age", "sex", "group"))
+    if sex >= 0:
+      level = {"age": ("0-40", "40-60", "60+")[(age >= 40) + (age >= 60)], "sex": ("male", "female")[sex]}
+      counts[",".join(f"{name}={ {**level, 'group': 'AB'[group]}[name] }" for name in names)] += 1
+  removed = [counts[cell] for cell in found["cells"]]
+  assert removed == sorted(counts.values())[:2]
+
+
+@pytest.mark.parametrize(
+  ("text", "named"),
+  [
+    ("A 52 year old woman. Small effusion.", {"age": {1}, "sex": {1}}),
+    ("52-year-old man", {"age": {1}, "sex": {0}}),
+    ("Female, aged 39, group B", {"age": {0}, "sex": {1}, "group": {1}}),
+    ("fifty-two year old. She has a pacemaker.", {"age": {1}, "sex": {1}}),
+    ("67F with cough; 61 y/o", {"age": {2}, "sex": {1}}),
+    ("in her early sixties", {"age": {2}, "sex": {1}}),
+    ("A left effusion of 52 mm, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
+  ],
+)
+def test_words_that_name_a_level(text, named):
+  assert {name: set(levels) for name, levels in Scanner(SCHEMA)(text).items()} == named
+
+
+def _with_texts(texts, tmp_path, attributes=None):
+  """500 records without words; {index: text} replaces some texts, and `attributes` their attributes."""
+  items = [{**item, "text": texts.get(i, "No effusion.")} for i, item in enumerate(examples(500, images_per_patient=1))]
+  for i in texts:
+    items[i]["attributes"] = attributes or items[i]["attributes"]
+  write(tmp_path / "source", items)
+  return tmp_path / "source"
+
+
+def test_text_that_completes_a_cell_moves_its_patient(tmp_path):
+  """The table does not know the sex; the text does."""
+  texts = {i: "Woman with effusion." for i in range(40)}
+  source = _with_texts(texts, tmp_path, {"age": 50.0, "sex": -1, "group": 1})
+  before = records(source)
+  keys = {f"k{i}" for i in texts}
+  moved = sum(r["key"] in keys for split in ("train", "val") for r in before[split])
+  found = _run(source, tmp_path / "out", "--cells", _CELL)
+  after = records(tmp_path / "out")
+  assert keys <= {r["key"] for r in after["test"]} and moved > 20
+  assert found["text"]["moved_by_text"] == moved and found["text"]["status"] == "no leak"
+
+
+def test_text_that_names_a_level_is_an_error_that_lists_it(tmp_path):
+  source = _with_texts({3: "A 52 year old.", 8: "Seen in a woman.", 9: "A man of 20."}, tmp_path,
+                       {"age": 20.0, "sex": 0, "group": 0})  # fmt: skip
+  training = {r["key"] for split in ("train", "val") for r in records(source)[split]}
+  wanted = {entry for entry in (("k3", "age", "40-60"), ("k8", "sex", "female")) if entry[0] in training}
+  assert wanted
+  before = set(tmp_path.iterdir())
+  with pytest.raises(InputError, match="--allow_text_leaks"):
+    holdout.main(["--data", str(source), "--out", str(tmp_path / "out"), "--cells", _CELL])
+  assert {path.name for path in set(tmp_path.iterdir()) - before} == {"out.leaks.csv"}
+  lines = _read_csv(tmp_path / "out.leaks.csv")
+  assert {(line["key"], line["attribute"], line["level"]) for line in lines} == wanted
+  found = _run(source, tmp_path / "allowed", "--cells", _CELL, "--allow_text_leaks")
+  assert found["text"]["status"] == "leaks: " + ", ".join(sorted({attribute for _, attribute, _ in wanted}))
+  assert found["text"]["texts_naming_a_level"] == len(_read_csv(tmp_path / "allowed" / "holdout_leaks.csv"))
+
+
+def test_patterns_of_the_user_replace_the_built_in_ones(tmp_path):
+  path = tmp_path / "patterns.json"
+  path.write_text(
+    json.dumps({"sex": {"female": ["\\bfrau\\b"]}, "age": {"number": ["(\\d+) Jahre"], "60+": ["Senior"]}})
+  )
+  scanner = Scanner(SCHEMA, read_patterns(path, SCHEMA))
+  assert {n: set(levels) for n, levels in scanner("Frau, 52 Jahre").items()} == {"sex": {1}, "age": {1}}
+  assert {n: set(levels) for n, levels in scanner("senior woman, group A").items()} == {"age": {2}, "group": {0}}
+  for content, words in (
+    ({"sex": {"femal": ["x"]}}, "did you mean 'female'"),
+    ({"sex": {"female": ["("]}}, "no regular expression"),
+    ({"age": {"number": ["years"]}}, "needs a group"),
+    ({"race": {"Asian": ["x"]}}, "no attribute 'race'"),
+    ([1], "no JSON object"),
+  ):
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=words):
+      read_patterns(path, SCHEMA)
+
+
+def test_race_and_short_sex_names():
+  schema = Schema(
+    (
+      Attribute("sex", "categorical", values=("M", "F")),
+      Attribute("race", "categorical", values=("White", "Black", "Hispanic")),
+    )
+  )
+  named = {n: set(levels) for n, levels in Scanner(schema)("African American woman").items()}
+  assert named == {"sex": {1}, "race": {1}}
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [
+    ([], "either --cells"),
+    (["--cells", _CELL, "--rarest", "1"], "either --cells"),
+    (["--rarest", "99"], "training has images in 12 cells"),
+    (["--cells", "age=40-60,sex=femal"], "did you mean 'female'"),
+    (["--cells", "sex=female,group=A;sex=female,group=B"], "sex=female would remain"),
+    (["--cells", _CELL, "--attributes", "sex"], "--attributes goes with it"),
+  ],
+)
+def test_bad_arguments(source, tmp_path, fails, options, words):
+  message = fails(holdout.main, "--data", source, "--out", tmp_path / "out", *options)
+  assert words in message
+  assert not list(tmp_path.iterdir())
