@@ -2,7 +2,10 @@
 
 import csv
 import io
+import json
 import os
+import pickle
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -10,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import prep_layouts
 import pytest
+import torch
 from PIL import Image
 
 from compdiff_jax import cli
 from compdiff_jax.data.csv_file import read_csv
 from compdiff_jax.data.records import RecordSet, decode_image
-from data_prep import chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14
+from data_prep import chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14, reference_tars
 
 SHARED = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parent.parent.parent / "shared")) / "data"
 
@@ -36,14 +40,13 @@ def stored(source, files) -> dict[str, dict]:
       known = {a.name: a.decode(record["attributes"][a.name]) for a in opened.schema}
       found[record["key"]] = {**record, "split": split, "attributes": known}
   keys = {file: dataset.key_hash(file, f"compdiff-jax/{opened.name}") for file in files}
-  assert set(found) <= set(keys.values())
   return {file: found[key] for file, key in keys.items() if key in found}
 
 
 def check(source, truth, attributes=("age", "sex", "race")) -> dict[str, dict]:
   """Every record is what the layout says, whichever way the builder read it."""
   records = stored(source, truth)
-  assert set(records) == set(truth)
+  assert set(records) == set(truth) and sum(RecordSet(source.parent / "out").splits.values()) == len(truth)
   patients = {}
   for file, expected in truth.items():
     record = records[file]
@@ -291,3 +294,60 @@ def test_fairgenmed_faults(source, capsys):
   for path, reason in zip(files, expected):
     assert reasons[path.name].startswith(reason), reasons[path.name]
   assert "40 rows in = 34 written + 6 rejected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["chest", "fundus"])
+def test_reference_tars(source, kind):
+  truth = prep_layouts.reference_tars(source, kind)
+  assert build(reference_tars, source) == 0
+  records = check(source, truth)
+  races = RecordSet(source.parent / "out").schema["race"].values
+  assert races == (("white", "black", "asian", "hispanic", "other") if kind == "chest" else ("white", "black", "asian"))
+  for file, record in records.items():
+    image = truth[file]["image"] * 255.0
+    expected = np.broadcast_to(image.mean((-1, -2)), 3)
+    np.testing.assert_allclose(decode_image(record["image"])[:, 1:14].mean((0, 1)), expected, atol=8)
+
+
+def test_reference_tars_faults(source, capsys):
+  class Harm:
+    def __reduce__(self):
+      return os.mkdir, (str(source / "ran"),)
+
+  prep_layouts.reference_tars(source)
+  metadata = {"disease_labels": [-1.0] * 14, "subject_id": "9", "age": None, "sex": None, "race": None}
+  with tarfile.open(source / "training_data/train_10.tar", "w") as tar:
+    for i, (image, prompt, values) in enumerate((
+      (pickle.dumps(torch.zeros(8, 8)), "61 year old Asian female. Edema.", metadata),
+      (pickle.dumps(Harm()), "61 year old Asian female. Edema.", metadata),
+      (pickle.dumps(torch.zeros(8)), "61 year old Asian female. Edema.", metadata),
+      (pickle.dumps(torch.full([8, 8], 2.0)), "61 year old Asian female. Edema.", metadata),
+      (pickle.dumps(torch.zeros(8, 8)), "An old man. Edema.", metadata),
+      (pickle.dumps(torch.zeros(8, 8)), "61 year old Asian female. Edema.", {}),
+    )):  # fmt: skip
+      prep_layouts.add_member(tar, f"{i}.pt_image", image)
+      prep_layouts.add_member(tar, f"{i}.prompt_metadata", prompt.encode())
+      prep_layouts.add_member(tar, f"{i}.validation_metadata", json.dumps(values).encode())
+    prep_layouts.add_member(tar, "6.prompt_metadata", b"61 year old Asian female. Edema.")
+  whole = (source / "val_data/val_1.tar").read_bytes()
+  (source / "val_data/val_1.tar").write_bytes(whole[:13_000])  # inside the third sample
+  assert build(reference_tars, source, "--max_rejected", "0.5") == 0
+  assert not (source / "ran").exists()
+  reasons = {row["file"]: row["reason"] for row in rejected(source)}
+  home = "training_data/train_10.tar::"
+  for key, reason in enumerate(
+    (
+      "refused pickle: it asks for",
+      "bad image shape",
+      "bad image values",
+      "bad value: the prompt",
+      "bad metadata",
+      "incomp",
+    ),
+    start=1,
+  ):
+    assert reasons.pop(f"{home}{key}").startswith(reason)
+  assert len(reasons) == 2 and all("val_1.tar" in file for file in reasons)  # four promised, two left
+  record = stored(source, [f"{home}0"])[f"{home}0"]
+  assert record["attributes"] == {"age": "61", "sex": "female", "race": "asian"} and record["findings"] == {}
+  assert "31 rows in = 23 written + 8 rejected" in capsys.readouterr().out
