@@ -1,4 +1,7 @@
-"""The data card: README.md, cells.csv (images per cell and split) and sheet.png (a random sample) beside the shards."""
+"""The data card: README.md and card.html with the same content, and what they show.
+
+cells.csv counts images per cell and split, sheet.png is a random sample, histogram-*.svg and findings.svg are figures.
+"""
 
 import csv
 import importlib.metadata
@@ -15,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import compdiff_jax
 from compdiff_jax.conditioning.schema import Schema
+from data_prep import card_figures, card_page, duplicates
 
-_PACKAGES = ("numpy", "pillow", "tensorflow-datasets", "array-record")
+_PACKAGES = ("numpy", "pillow", "pydicom", "tensorflow-datasets", "array-record")
 _COLUMNS, _ROWS, _TILE, _FONT = 6, 4, 176, 12
 _MAX_LISTED = 40
 
@@ -35,8 +39,12 @@ def write_card(
   holdout: Mapping[str, Any] | None,
   rejected: Rows,
   read_image: Callable[[Mapping[str, Any]], bytes],
+  repeated: Rows | None = None,
 ) -> None:
-  """Writes the three files of the card into `directory`. `read_image` gives the encoded image of a row."""
+  """Writes the files of the card into `directory`.
+
+  `read_image` gives the encoded image of a row; `repeated` are the lines of duplicates.csv, if they were looked for.
+  """
   cells = count_cells(splits, schema)
   with open(directory / "cells.csv", "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
@@ -44,20 +52,27 @@ def write_card(
     writer.writerows([*levels, *counts, sum(counts)] for levels, counts in cells.items())
   shown = next(iter(splits))
   sample_sheet(splits[shown], schema, read_image).save(directory / "sheet.png", optimize=True)
+  every = [row for rows in splits.values() for row in rows]
   sections = [
     f"# {name}",
     description.strip(),
     f"![random sample of the {shown} split](sheet.png)",
     _what_section(splits, size, command, rejected),
     _attribute_section(schema, splits),
+    *_histograms(directory, schema, every),
     _cell_section(schema, cells, list(splits), holdout),
     _findings_section(splits),
+    _heat_map(directory, schema, every),
+    f"## Repeated images\n\n{duplicates.summary(repeated)}" if repeated is not None else "",
     _rejected_section(rejected),
     _licence_section(splits),
     "## Intended use\n\nResearch on generative models and their fairness. Not for clinical use. Patient ids are"
-    " stored as salted SHA-256 hashes; all images of a patient are in one split.",
+    " stored as salted SHA-256 hashes; all images of a patient are in one split. rejected.csv names source files, which"
+    " may name patients: leave it out when the data set is passed on. `python -m data_prep.verify` checks all of this.",
   ]
-  (directory / "README.md").write_text("\n\n".join(part for part in sections if part) + "\n", encoding="utf-8")
+  text = "\n\n".join(part for part in sections if part) + "\n"
+  (directory / "README.md").write_text(text, encoding="utf-8")
+  (directory / "card.html").write_text(card_page.render(name, text, directory), encoding="utf-8")
 
 
 def count_cells(splits: Mapping[str, Rows], schema: Schema) -> dict[tuple[str, ...], list[int]]:
@@ -137,6 +152,24 @@ def _attribute_section(schema: Schema, splits: Mapping[str, Rows]) -> str:
     span = f", {a.low:g} to {a.high:g} {a.unit}".rstrip() if a.kind == "continuous" else ""
     body.append([a.name, a.kind + span, levels, f"{unknown} ({unknown / len(rows):.1%})"])
   return "## Attributes\n\n" + _table(["attribute", "kind", "images per level", "unknown"], body)
+
+
+def _histograms(directory: Path, schema: Schema, rows: Rows) -> list[str]:
+  parts = []
+  for a in schema:
+    if a.kind == "continuous":
+      values = np.array([row["attributes"][a.name] for row in rows], a.dtype)
+      (directory / f"histogram-{a.name}.svg").write_text(card_figures.histogram(a, values), encoding="utf-8")
+      parts.append(f"![images by {a.name}](histogram-{a.name}.svg)")
+  return parts
+
+
+def _heat_map(directory: Path, schema: Schema, rows: Rows) -> str:
+  figure = card_figures.heat_map(schema, rows)
+  if not figure:
+    return ""
+  (directory / "findings.svg").write_text(figure, encoding="utf-8")
+  return "Percent of the images of each level in which a finding is positive:\n\n![findings by level](findings.svg)"
 
 
 def _cell_section(
