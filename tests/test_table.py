@@ -1,8 +1,11 @@
 """data_prep.table: a CSV with every kind of bad row and bad argument, image preparation, and the real X-rays."""
 
 import csv
+import gzip
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +217,56 @@ def test_config_mistakes(source, capsys, bad):
   (source / "config.py").write_text(text.replace(*change))
   write_csv(source / "meta.csv", [row(i) for i in range(60)])
   assert "config." in error_line(source, capsys, config=str(source / "config.py"))
+
+
+def test_ages_as_people_write_them(source):
+  ages = ["058Y", ">89", "90+", "", "155", "204M", "030M"]
+  write_csv(source / "meta.csv", [row(i, **({"age": ages[i]} if i < len(ages) else {})) for i in range(60)])
+  assert run(source, "--max_rejected", "0.1") == 0
+  records = stored(source / "out")
+  assert [records[f"{i}.png"]["attributes"]["age"] for i in (0, 1, 2)] == [58, 90, 90]
+  assert np.isnan(records["3.png"]["attributes"]["age"]) and len(records) == 57
+  with open(source / "out/rejected.csv") as file:
+    reasons = {line["file"]: line["reason"] for line in csv.DictReader(file)}
+  assert reasons == {
+    "4.png": "bad attribute value: age 155 is outside 18 to 100",
+    "5.png": "bad attribute value: age 17 is outside 18 to 100",
+    "6.png": "bad attribute value: age 2.5 is outside 18 to 100",
+  }
+
+
+def test_gzipped_table(source, capsys):
+  write_csv(source / "meta.csv", [row(i) for i in range(60)])
+  data = gzip.compress((source / "meta.csv").read_bytes())
+  (source / "meta.csv.gz").write_bytes(data)
+  assert run(source, meta="meta.csv.gz") == 0
+  assert len(stored(source / "out")) == 60
+  shutil.rmtree(source / "out")
+  damaged = bytearray(data)
+  damaged[len(data) // 2] ^= 255
+  for content in (data[:-9], data[:20], bytes(damaged)):
+    (source / "meta.csv.gz").write_bytes(content)
+    assert "damaged gzip file" in error_line(source, capsys, meta="meta.csv.gz")
+
+
+def test_parquet_table(source, capsys, monkeypatch):
+  pyarrow = pytest.importorskip("pyarrow")
+  from pyarrow import parquet
+
+  rows = [row(i, age=20 + i % 60, finding=None if i == 7 else "COVID-19") for i in range(60)]
+  rows[4]["age"] = None
+  columns = {name: [r[name] for r in rows] for name in COLUMNS}
+  parquet.write_table(pyarrow.table(columns), source / "meta.parquet", row_group_size=7)
+  write_csv(source / "meta.csv", rows)
+  assert run(source, meta="meta.parquet") == 0
+  records = stored(source / "out")
+  assert len(records) == 60 and np.isnan(records["4.png"]["attributes"]["age"])
+  assert records["5.png"]["attributes"]["age"] == 25 and records["7.png"]["findings"] == {}
+  shutil.rmtree(source / "out")
+  (source / "bad.parquet").write_bytes((source / "meta.parquet").read_bytes()[:200])
+  assert "give a Parquet file" in error_line(source, capsys, meta="bad.parquet")
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  assert "pip install pyarrow" in error_line(source, capsys, meta="meta.parquet")
 
 
 # Written for the test, independently of the config's replacements.
