@@ -24,6 +24,8 @@ def render(title: str, markdown: str, directory: Path) -> str:
 
   def inside(match: re.Match) -> str:
     path = directory / match[1]
+    if path.suffix not in _TYPES or not path.is_file():  # named by a text, not by the card
+      return match[0]
     return f'src="data:{_TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
   body = re.sub(r'src="([\w.-]+)"', inside, parser.render(markdown))

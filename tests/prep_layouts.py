@@ -182,7 +182,7 @@ def prepared_csv(folder: Path) -> dict[str, dict]:
     split = ("train", "train", "val", "test")[i // 2 % 4]
     rows.append([study, subject, sex, age, race, *values, file, prompt, split])
     truth[file] = {"patient": subject, "age": float(age), "sex": sex, "race": races[race], "text": text, "split": split}
-    truth[file]["findings"] = {label: STATES[v] for label, v in zip(LABELS, values) if v}
+    truth[file] |= {"findings": {label: STATES[v] for label, v in zip(LABELS, values) if v}, "prompt": prompt}
   header = ["study_id", "subject_id", "gender", "anchor_age", "ethnicity", *LABELS, "image", "final_sentence", "split"]
   write_table(folder / "split_data.csv", header, rows)
   return truth

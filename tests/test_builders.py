@@ -18,6 +18,7 @@ from PIL import Image
 
 from compdiff_jax import cli
 from compdiff_jax.data.csv_file import read_csv
+from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.records import RecordSet, decode_image
 from data_prep import chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14, reference_tars
 
@@ -154,6 +155,13 @@ def test_prepared_table_of_the_reference(source):
   truth = prep_layouts.prepared_csv(source)
   assert build(mimic_cxr, source, "--csv", source / "split_data.csv") == 0
   check(source, truth)
+  # The prompt of methods that name demographics is the reference's again; CLIP's tokenizer ignores case.
+  opened = RecordSet(source.parent / "out")
+  prompts = set()
+  for split in opened.splits:
+    for record in (opened.split(split)[i] for i in range(opened.splits[split])):
+      prompts.add(format_prompt(record["text"], record["attributes"], opened.schema, ("age", "race", "sex")).lower())
+  assert prompts == {row["prompt"].lower() for row in truth.values()}
 
 
 def test_prepared_table_takes_nothing_from_prose(source, capsys):

@@ -1,8 +1,11 @@
 """DICOM files written by the test: windows, tables, inversion, depth, compression, and files that must be refused."""
 
+import io
+
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
 
@@ -34,6 +37,8 @@ def write_dicom(path, pixels=RAMP, stored=12, syntax=ExplicitVRLittleEndian, pho
     setattr(dataset, name, value)
   if syntax == RLELossless:
     dataset.compress(RLELossless, encoding_plugin="pydicom")
+  if dataset.file_meta.TransferSyntaxUID.is_encapsulated:
+    dataset["PixelData"].VR = "OB"
   dataset.save_as(path, enforce_file_format=True)
   return path
 
@@ -91,6 +96,18 @@ def test_compressed_and_colour(tmp_path):
   )
   colour = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
   np.testing.assert_array_equal(shown(write_dicom(tmp_path / "c.dcm", colour, 8, photometric="RGB")), colour)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+def test_encapsulated_jpeg(tmp_path, kind):
+  pixels = np.repeat(np.repeat(np.uint8(RAMP // 16), 8, 0), 8, 1)
+  data = io.BytesIO()
+  Image.fromarray(pixels).save(data, kind, **({"quality": 100} if kind == "JPEG" else {"irreversible": False}))
+  syntax = pydicom.uid.JPEGBaseline8Bit if kind == "JPEG" else pydicom.uid.JPEG2000Lossless
+  frames = pydicom.encaps.encapsulate([data.getvalue()])
+  path = write_dicom(tmp_path / "a.dcm", pixels, 8, syntax=syntax, PixelData=frames)
+  expected = pixels / pixels.max() * 255
+  np.testing.assert_allclose(shown(path), expected, atol=3 if kind == "JPEG" else 1e-4)
 
 
 def test_stored_file_goes_through_resize(tmp_path):

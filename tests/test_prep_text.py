@@ -93,13 +93,17 @@ def test_ages(text, age):
 
 
 def test_races_as_recorded():
-  groups = {
-    "white": ("WHITE", "WHITE - RUSSIAN", "White or Caucasian", "White, non-Hispanic"),
-    "black": ("BLACK/AFRICAN AMERICAN", "BLACK/CAPE VERDEAN", "Black or African American"),
-    "asian": ("ASIAN", "ASIAN - SOUTH EAST ASIAN"),
-    "hispanic": ("HISPANIC OR LATINO", "HISPANIC/LATINO - CUBAN"),
-    "other": ("OTHER", "PORTUGUESE", "SOUTH AMERICAN", "MULTIPLE RACE/ETHNICITY", "NATIVE HAWAIIAN OR OTHER PACIFIC"),
-    "": ("UNKNOWN", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER", "Race and Ethnicity Unknown", "", "nan"),
+  hispanic = "CENTRAL AMERICAN,COLUMBIAN,CUBAN,DOMINICAN,GUATEMALAN,HONDURAN,MEXICAN,PUERTO RICAN,SALVADORAN"
+  groups = {  # all of MIMIC-IV, and how other sets say it
+    "white": {"WHITE", "WHITE - BRAZILIAN", "WHITE - EASTERN EUROPEAN", "WHITE - OTHER EUROPEAN", "WHITE - RUSSIAN"}
+    | {"White or Caucasian", "White, non-Hispanic"},
+    "black": {"BLACK/AFRICAN", "BLACK/AFRICAN AMERICAN", "BLACK/CAPE VERDEAN", "BLACK/CARIBBEAN ISLAND"}
+    | {"Black or African American"},
+    "asian": {"ASIAN", "ASIAN - ASIAN INDIAN", "ASIAN - CHINESE", "ASIAN - KOREAN", "ASIAN - SOUTH EAST ASIAN"},
+    "hispanic": {"HISPANIC OR LATINO", *(f"HISPANIC/LATINO - {place}" for place in hispanic.split(","))},
+    "other": {"OTHER", "PORTUGUESE", "SOUTH AMERICAN", "MULTIPLE RACE/ETHNICITY", "AMERICAN INDIAN/ALASKA NATIVE"}
+    | {"NATIVE HAWAIIAN OR OTHER PACIFIC ISLANDER"},
+    "": {"UNKNOWN", "UNABLE TO OBTAIN", "PATIENT DECLINED TO ANSWER", "Race and Ethnicity Unknown", "", "nan"},
   }
   for group, texts in groups.items():
     assert {demographics.parse_race(text) for text in texts} == {group}
