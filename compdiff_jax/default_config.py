@@ -49,7 +49,19 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
   config.conditioner = conditioner(kind)
 
   # A conditioner without a latent has no `kl` and no `composition`, one without heads no `auxiliary`.
-  config.loss = ml_collections.ConfigDict({"kl": 0.005, "kl_anneal_steps": 5000, "composition": 0.1, "auxiliary": 1.0})
+  config.loss = ml_collections.ConfigDict(
+    {
+      "kl": 0.005,
+      "kl_anneal_steps": 5000,
+      "composition": 0.1,
+      "auxiliary": 1.0,
+      "min_snr_gamma": 0.0,  # 5 is usual; 0: every timestep has weight 1
+      "noise_offset": 0.0,  # size of a constant added to the noise of each channel
+      "input_perturbation": 0.0,  # size of noise that the input has and the target lacks
+      "coind": 0.0,  # conditional independence of the attributes (training/coind.py)
+      "coind_share": 0.25,  # of the batch, at four more rows each
+    }
+  )
   # FairDiffusion: "published" or "compdiff" weights the denoising loss, "" does not. No attributes means all of them.
   config.fairness = ml_collections.ConfigDict(
     {
@@ -69,13 +81,20 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "batch_size": 48,
       "accumulation": 1,
       "learning_rate": 1e-5,
+      "schedule": "cosine",  # or "linear", "constant"
       "warmup_steps": 500,
+      # To reproduce a published run of the reference: its processes, which shorten its schedule; 0: no.
+      "reference_processes": 0,
+      # Regular expressions of "component.parameter" that keep their values, e.g. "unet\\.down_blocks\\..*".
+      "freeze": (),
       "b1": 0.9,
       "b2": 0.999,
       "eps": 1e-8,
       "weight_decay": 1e-2,
       "clip_norm": 1.0,
       "ema_decay": 0.9999,
+      "ema_schedule": "ramp",  # how the decay grows to ema_decay; or "power", "constant"
+      "ema_power": 2 / 3,
     }
   )
 

@@ -171,7 +171,16 @@ class LatentDiffusion:
     self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
   ) -> tuple[Context, ConditionerOutput]:
     """What prompts int32 [B, 77] and attributes condition the UNet on, and the conditioner's output."""
-    text = self.text_encoder(params["text_encoder"], input_ids)
+    return self.join_context(params, self.encode_text(params, input_ids), attributes, keys)
+
+  def encode_text(self, params: Params, input_ids: jax.Array) -> jax.Array:
+    """Prompts int32 [B, 77] -> text tokens [B, 77, C]."""
+    return self.text_encoder(params["text_encoder"], input_ids)
+
+  def join_context(
+    self, params: Params, text: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
+  ) -> tuple[Context, ConditionerOutput]:
+    """`context` from text tokens [B, 77, C]."""
     output = self.conditioner(params.get("conditioner", {}), attributes, keys=keys)
     # A conditioner without attributes does not know the size of the batch.
     tokens = jnp.broadcast_to(output.tokens, (len(text), *output.tokens.shape[1:]))

@@ -28,6 +28,20 @@ def target(schedule: NoiseSchedule, latents: jax.Array, noise: jax.Array, timest
   return alpha * noise - sigma * latents
 
 
+def min_snr_weight(schedule: NoiseSchedule, timesteps: jax.Array, gamma: float) -> jax.Array:
+  """Weight of each sample's squared error, float32 [B], by min-SNR-gamma (Hang et al. 2023, Sec. 3.4 and App.).
+
+  With SNR = alpha_bar / (1 - alpha_bar) the error of x_0 is weighted by min(SNR, gamma). Errors of eps and v are errors
+  of x_0 times SNR and SNR + 1, so their weights are min(SNR, gamma) over these.
+  """
+  alphas_cumprod = schedule.alphas_cumprod
+  snr = jnp.asarray(alphas_cumprod / (1 - alphas_cumprod), jnp.float32)[timesteps]
+  if schedule.prediction_type == "epsilon":
+    return jnp.minimum(1.0, gamma / snr)
+  clipped = jnp.minimum(snr, gamma)
+  return clipped if schedule.prediction_type == "sample" else clipped / (snr + 1)
+
+
 def denoising_loss(prediction: jax.Array, wanted: jax.Array) -> jax.Array:
   """Mean squared error per sample, float32 [B]."""
   error = prediction.astype(jnp.float32) - wanted.astype(jnp.float32)

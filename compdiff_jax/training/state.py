@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
+from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.training.fairness import FairState
 
 # {component: {dotted parameter name: array}}, for example {"unet": {"conv_in.kernel": …}, "conditioner": {…}}
@@ -49,8 +51,32 @@ class TrainState(NamedTuple):
     return cls(optimizer["step"], parts["params"], parts["ema"], optimizer["state"], optimizer.get("fairness"))
 
 
-def update_ema(ema: Params, params: Params, step: jax.Array, decay: float) -> Params:
-  """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), diffusers' EMAModel warm-up."""
+EMA_SCHEDULES = ("ramp", "power", "constant")
+
+
+def ema_decay(step: jax.Array, config: ml_collections.ConfigDict) -> jax.Array:
+  """The decay d of one update by `config.train`, never above `ema_decay`; `step` counts the updates before it.
+
+  "ramp" is (1 + step) / (10 + step) and "power" 1 - (1 + step)^-ema_power, the two warm-ups of diffusers' EMAModel, of
+  which the first update is a copy; "constant" is `ema_decay` throughout, which weighs the initial parameters long.
+  """
   step = step.astype(jnp.float32)
-  d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  if config.ema_schedule == "constant":
+    return jnp.float32(config.ema_decay)
+  ramp = (1 + step) / (10 + step) if config.ema_schedule == "ramp" else 1 - (1 + step) ** -config.ema_power
+  return jnp.where(step == 0, 0.0, jnp.minimum(config.ema_decay, ramp))
+
+
+def check_ema(config: ml_collections.ConfigDict) -> None:
+  """Raises an `InputError` where `config.train` asks for an average that does not exist."""
+  if config.ema_schedule not in EMA_SCHEDULES:
+    raise InputError(f"train.ema_schedule is {config.ema_schedule!r}{nearest(config.ema_schedule, EMA_SCHEDULES)}")
+  if not 0 <= config.ema_decay < 1 or config.ema_power <= 0:
+    raise InputError(
+      f"train.ema_decay {config.ema_decay} must be in [0, 1) and train.ema_power {config.ema_power} positive"
+    )
+
+
+def update_ema(ema: Params, params: Params, d: jax.Array) -> Params:
+  """ema <- d ema + (1 - d) params."""
   return jax.tree.map(lambda e, p: e + (1.0 - d) * (p.astype(e.dtype) - e), ema, params)

@@ -12,15 +12,29 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.dropout import drop_attributes
 from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.diffusion import objective
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.training import coind
 from compdiff_jax.training.fairness import FairDiffusion
-from compdiff_jax.training.state import Params, TrainState, update_ema
+from compdiff_jax.training.optimizer import trained_only
+from compdiff_jax.training.state import Params, TrainState, check_ema, ema_decay, update_ema
 
 # What each sample's key is split into. Appending a purpose leaves the other draws as they were.
-_PURPOSES = ("posterior", "noise", "timestep", "text_dropout", "attribute_dropout", "conditioner", "fairness")
+_PURPOSES = (
+  "posterior",
+  "noise",
+  "timestep",
+  "text_dropout",
+  "attribute_dropout",
+  "conditioner",
+  "fairness",
+  "noise_offset",
+  "input_perturbation",
+  "coind",
+)
 
 
 def sample_keys(seed: int, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
@@ -51,37 +65,69 @@ def loss_coefficients(
     names: the terms there are.
   """
   annealing = jnp.minimum(1.0, step / max(config.kl_anneal_steps, 1))
-  weights = {"diffusion": 1.0, "kl": config.kl * annealing, "composition": config.composition, **own}
+  weights = {
+    "diffusion": 1.0,
+    "coind": config.coind,
+    "kl": config.kl * annealing,
+    "composition": config.composition,
+    **own,
+  }
   heads = {name: own.get(name, 1.0) for name in names if name.startswith("aux_")}
   weights |= {name: config.auxiliary * share / sum(heads.values()) for name, share in heads.items()}
   return {name: weights[name] for name in names if name in weights}
+
+
+def check_loss(config: ml_collections.ConfigDict, model: LatentDiffusion) -> None:
+  """Raises an `InputError` where `config.loss` asks for something that does not exist or that the model cannot do."""
+  for name, value in config.items():
+    if value < 0:
+      raise InputError(f"loss.{name} is {value}; it must not be negative")
+  if config.coind:
+    coind.check(config.coind_share, model)
 
 
 def make_loss(
   model: LatentDiffusion, config: ml_collections.ConfigDict, fairness: FairDiffusion | None = None
 ) -> Callable[..., tuple[jax.Array, Any]]:
   """The loss of some rows of the batch, as a share of the loss of the whole batch."""
+  options = config.loss
+  check_loss(options, model)
 
   def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Every loss and metric as (values [b], weight [b])."""
     everything = {**frozen, **params}
     keys = rows["keys"]
-    context, output = model.context(everything, rows["input_ids"], rows["attributes"], keys["conditioner"])
+    text = model.encode_text(everything, rows["input_ids"])
+    context, output = model.join_context(everything, text, rows["attributes"], keys["conditioner"])
     images = rows["images"].astype(jnp.float32) / 127.5 - 1.0
     latents = model.encode(everything, images, _normal(keys["posterior"], model.latent_shape))
     latents = jax.lax.stop_gradient(latents)  # the VAE is frozen
     noise = _normal(keys["noise"], model.latent_shape)
+    if options.noise_offset:
+      noise += options.noise_offset * _normal(keys["noise_offset"], (1, 1, model.latent_shape[-1]))
     timesteps = jax.vmap(lambda key: jax.random.randint(key, [], 0, model.schedule.num_train_timesteps))(
       keys["timestep"]
     )
-    noisy = objective.add_noise(model.schedule, latents, noise, timesteps)
+    added = noise
+    if options.input_perturbation:
+      added = noise + options.input_perturbation * _normal(keys["input_perturbation"], model.latent_shape)
+    noisy = objective.add_noise(model.schedule, latents, added, timesteps)
     prediction = model.unet(params["unet"], noisy, timesteps, *context)
     error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
+    found = loss_terms(output)
+    if options.min_snr_gamma:
+      found["diffusion_unweighted"] = (error, jnp.ones_like(error))
+      error = error * objective.min_snr_weight(model.schedule, timesteps, options.min_snr_gamma)
     if fairness is None:
-      denoising = {"diffusion": (error, jnp.ones_like(error))}
+      found["diffusion"] = (error, jnp.ones_like(error))
     else:
-      denoising = fairness.terms(error, rows["fair_weights"], rows["groups"])
-    return {**denoising, **loss_terms(output)}
+      found |= fairness.terms(error, rows["fair_weights"], rows["groups"])
+    if options.coind:
+      gap = coind.independence_gap(
+        model, everything, noisy, timesteps, text, rows["full_attributes"], keys, options.coind_share
+      )
+      found["coind"] = (gap, jnp.ones_like(gap))
+    return found
 
   def loss(params, frozen, rows, step, weights):
     means = {
@@ -119,6 +165,7 @@ def make_train_step(
   """
   loss, total_weights = make_loss(model, config, fairness)
   accumulation = config.train.accumulation
+  check_ema(config.train)
 
   def step(state: TrainState, frozen: Params, batch: Mapping[str, Any]):
     batch_size = batch["input_ids"].shape[0]
@@ -139,6 +186,8 @@ def make_train_step(
     if fairness is not None:
       rows["groups"] = fairness.groups(batch["attributes"])  # of the data, whatever dropout hides from the conditioner
       rows["fair_weights"] = fairness.weights(state.fairness.sigma, rows["groups"], keys["fairness"])
+    if config.loss.coind:
+      rows["full_attributes"] = batch["attributes"]
     weights = total_weights(state.params, frozen, rows)
     gradient = jax.grad(loss, has_aux=True)
     if accumulation == 1:
@@ -155,8 +204,8 @@ def make_train_step(
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = update_ema(state.ema, params, state.step, config.train.ema_decay)
-    metrics["grad_norm"] = optax.tree.norm(grads)
+    ema = update_ema(state.ema, params, ema_decay(state.step, config.train))
+    metrics["grad_norm"] = optax.tree.norm(trained_only(grads, config.train.freeze))
     fair_state = state.fairness
     if fairness is not None:
       means, counts = (jnp.stack([of[name] for name in fairness.group_names]) for of in (metrics, weights))
