@@ -32,10 +32,12 @@ class Context(NamedTuple):
   Attributes:
     encoder_hidden_states: [B, 77 + T, C], text tokens followed by demographic tokens.
     time_vector: [B, D], added to the time embedding, or None.
+    film: (gamma, beta) of each residual block, [B, C] each, or None.
   """
 
   encoder_hidden_states: jax.Array
   time_vector: jax.Array | None
+  film: tuple[tuple[jax.Array, jax.Array], ...] | None
 
 
 def _network_config(config_class: Any, torch_class: str, directory: str, fields: ml_collections.ConfigDict) -> Any:
@@ -91,6 +93,11 @@ class LatentDiffusion:
         f"conditioner.d_time_emb {conditioner_config.d_time_emb} must be the width of the UNet's time embedding,"
         f" 4 * {unet_config.block_out_channels[0]} = {time_width}, or 0 for none"
       )
+    if conditioner_config.film_channels not in ((), unet_config.resnet_channels):
+      raise InputError(
+        f"conditioner.film_channels must be the widths of the UNet's residual blocks, {unet_config.resnet_channels}, or"
+        " () for no modulation"
+      )
     if unet_config.in_channels != vae_config.latent_channels:
       raise InputError(
         f"unet.in_channels {unet_config.in_channels} must equal vae.latent_channels {vae_config.latent_channels}"
@@ -102,10 +109,11 @@ class LatentDiffusion:
         "a frozen text encoder needs weights: set config.weights.text_encoder to a diffusers text_encoder directory,"
         " or config.train_text_encoder=True"
       )
+    conditioned = conditioner_config.select(schema).names
     for name in config.prompt_attributes:
       if schema[name].kind == "multilabel":
         raise InputError(f"prompt_attributes names {name}: a multilabel attribute cannot be written into the prompt")
-      if name in conditioner_config.select(schema).names:
+      if name in conditioned:
         raise InputError(
           f"{name} is in prompt_attributes and in the conditioner: dropping it would leave it in the other, and neither"
           " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
@@ -184,7 +192,7 @@ class LatentDiffusion:
     output = self.conditioner(params.get("conditioner", {}), attributes, keys=keys)
     # A conditioner without attributes does not know the size of the batch.
     tokens = jnp.broadcast_to(output.tokens, (len(text), *output.tokens.shape[1:]))
-    return Context(jnp.concatenate([text, tokens.astype(text.dtype)], axis=1), output.time_vector), output
+    return Context(jnp.concatenate([text, tokens.astype(text.dtype)], axis=1), output.time_vector, output.film), output
 
   def unconditional_context(self, params: Params, input_ids: jax.Array) -> Context:
     """The negative or empty prompt together with "every attribute unknown"."""

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conditioner_parity import BATCH, CHEST, SEX, build, race
+from conditioner_parity import CHEST, SEX, build, race
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
+from stand_in import batch_of, rows_of, stand_in
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.additive import AdditiveConfig
@@ -20,15 +21,16 @@ from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.default_config import base
 from compdiff_jax.diffusion import objective
 from compdiff_jax.diffusion.schedule import NoiseSchedule
-from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.training import coind
 from compdiff_jax.training.optimizer import frozen_parameters, learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import check_ema, ema_decay
-from compdiff_jax.training.step import make_loss, sample_keys
+from compdiff_jax.training.step import make_loss
 
 SMALL = {"d_node": 6, "d_ctx": 8, "aux_hidden_dim": 0}
 PAIR = Schema((SEX, race(4)))
 _ADDITIVE = AdditiveConfig(**SMALL)
+# Batches of four and eight without unknowns.
+KNOWN = {n: batch_of(PAIR, n) | {"attributes": {"sex": np.arange(n) % 2, "race": np.arange(n) % 4}} for n in (4, 8)}
 
 
 def options(**changes):
@@ -78,50 +80,22 @@ def test_at_zero_terminal_snr_the_weight_is_finite():
   assert objective.min_snr_weight(schedule, np.asarray([999]), 5.0)[0] == 0
 
 
-class _StandIn(LatentDiffusion):
-  """The conditioner is real; text tokens are zero, latents the image itself, and the UNet is a formula."""
-
-  encode_text = lambda self, params, ids: jnp.zeros([len(ids), 2, 8])  # noqa: E731
-  encode = lambda self, params, images, noise: images  # noqa: E731
-  latent_shape = (2, 2, 3)
-
-
-def stand_in(unet, config=_ADDITIVE):
-  conditioner = build(config, PAIR)
-  fields = dict.fromkeys(("unet_config", "vae_config", "text_config", "vae", "text_encoder", "trained"))
-  return _StandIn(
-    **fields,
-    schema=PAIR,
-    schedule=NoiseSchedule(),
-    conditioner_config=config,
-    unet=unet,
-    conditioner=conditioner,
-    image_size=2,
-  )
-
-
-def rows_of(model, count=8, step=3):
-  attributes = {name: np.resize(np.asarray(BATCH[name]), count) for name in model.schema.names}
-  images = np.random.default_rng(1).integers(0, 255, [count, 2, 2, 3], np.uint8)
-  ids = np.zeros([count, 77], np.int32)
-  keys = sample_keys(7, jnp.int32(step), count)
-  return {"images": images, "input_ids": ids, "attributes": attributes, "full_attributes": attributes, "keys": keys}
-
-
 def terms(model, rows, **loss):
+  """(total, metrics) of the loss with these options; every parameter of the conditioner is 0.3."""
   config = base()
   config.loss.update(loss)
   own = {name: jnp.full(leaf.shape, 0.3) for name, leaf in model.conditioner.shapes.items()}
   params = {"unet": {}, "conditioner": own}
   share, total_weights = make_loss(model, config)
-  return share(params, {}, rows, jnp.int32(3), total_weights(params, {}, rows))
+  evaluate = jax.jit(lambda rows: share(params, {}, rows, jnp.int32(3), total_weights(params, {}, rows)))
+  return evaluate({name: value for name, value in rows.items() if name != "full_attributes" or config.loss.coind})
 
 
 def test_noise_offset_and_input_perturbation():
   """The offset is in input and target, one number a channel; the perturbation in the input alone."""
-  model = stand_in(lambda params, noisy, *_: noisy)
-  rows = rows_of(model, 4)
-  x = rows["images"] / 127.5 - 1.0
+  model = stand_in(lambda params, noisy, *_: noisy, _ADDITIVE, PAIR)
+  rows = rows_of(KNOWN[4], 7, 3)
+  x = np.asarray(rows["images"]) / 127.5 - 1.0
   draw = lambda purpose, *shape: np.stack(  # noqa: E731
     [np.asarray(jax.random.normal(key, shape)) for key in rows["keys"][purpose]]
   )
@@ -136,13 +110,13 @@ def test_noise_offset_and_input_perturbation():
     ({"noise_offset": 0.1, "input_perturbation": 0.2}, offset, perturbation),
   ):
     noisy = alpha * x + np.sqrt(1 - alpha**2) * (noise + in_both + in_input)
-    expected = np.mean((noisy - (noise + in_both)) ** 2)
+    expected = float(np.mean((noisy - (noise + in_both)) ** 2))
     assert float(terms(model, rows, **loss)[1]["diffusion"]) == pytest.approx(expected, rel=1e-4), loss
 
 
 def test_min_snr_in_the_loss():
-  model = stand_in(lambda params, noisy, *_: noisy)
-  rows = rows_of(model, 4)
+  model = stand_in(lambda params, noisy, *_: noisy, _ADDITIVE, PAIR)
+  rows = rows_of(KNOWN[4], 7, 3)
   plain, weighted = terms(model, rows)[1], terms(model, rows, min_snr_gamma=5.0)[1]
   assert "diffusion_unweighted" not in plain
   assert float(weighted["diffusion_unweighted"]) == pytest.approx(float(plain["diffusion"]))
@@ -167,8 +141,8 @@ def from_tokens(params, noisy, timesteps, context, *_):
 
 
 def test_coind_measures_the_interaction_alone():
-  model = stand_in(from_tokens)
-  rows = rows_of(model)
+  model = stand_in(from_tokens, _ADDITIVE, PAIR)
+  rows = rows_of(KNOWN[8], 7, 3)
   _, metrics = terms(model, rows, coind=0.5, coind_share=1.0)
   # All parameters are 0.3: the interaction of sex and race is 0.3 in each of 6 nodes, through a kernel of 0.3.
   assert float(metrics["coind"]) == pytest.approx((6 * 0.3 * 0.3) ** 2, rel=1e-4)
@@ -178,23 +152,24 @@ def test_coind_measures_the_interaction_alone():
   zero = {name: jnp.full(leaf.shape, 0.3) for name, leaf in model.conditioner.shapes.items()}
   zero["interaction_sex_race.embedding"] *= 0
   text = jnp.zeros([8, 2, 8])
-  gap = coind.independence_gap(
-    model, {"unet": {}, "conditioner": zero}, jnp.zeros([8, 2, 2, 3]), jnp.arange(8), text, rows["attributes"],
-    rows["keys"], 1.0,
-  )  # fmt: skip
+  params = {"unet": {}, "conditioner": zero}
+  noisy, timesteps = jnp.zeros([8, 2, 2, 3]), jnp.arange(8)
+  measure = jax.jit(lambda rows: coind.independence_gap(
+    model, params, noisy, timesteps, text, rows["attributes"], rows["keys"], 1.0
+  ))  # fmt: skip
+  gap = measure(rows)
   np.testing.assert_allclose(gap, np.zeros(8), atol=1e-10)
 
 
 def test_coind_takes_the_first_rows_and_skips_what_is_unknown():
-  model = stand_in(from_tokens)
   seen = []
 
   def unet(params, noisy, *rest):
     seen.append(len(noisy))
     return from_tokens(params, noisy, *rest)
 
-  counting = stand_in(unet)
-  rows = rows_of(model)
+  counting = stand_in(unet, _ADDITIVE, PAIR)
+  rows = rows_of(KNOWN[8], 7, 3)
   rows["full_attributes"] = {**rows["attributes"], "sex": np.asarray([-1] * 2 + [0] * 6)}
   share = terms(counting, rows, coind=1.0, coind_share=0.5)[1]
   assert 4 * 4 in seen and 8 in seen
@@ -229,7 +204,7 @@ def test_refused_losses(loss, config, words):
   run = base()
   run.loss.update(loss)
   with pytest.raises(InputError, match=words):
-    make_loss(stand_in(from_tokens, config), run)
+    make_loss(stand_in(from_tokens, config, PAIR), run)
 
 
 # ---- Schedules, freezing, weight decay

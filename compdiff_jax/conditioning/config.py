@@ -25,6 +25,7 @@ class ConditionerConfig:
     attributes: names of the schema's attributes that the conditioner uses; empty means all. The schema's order counts.
     d_ctx: width of the cross-attention context.
     d_time_emb: width of the vector that is added to the UNet's time embedding; 0: there is none.
+    film_channels: widths of the UNet's residual blocks, which are modulated; empty: they are not.
     represents_unknown: whether a single unknown attribute has a representation of its own. If not, a sample with an
       unknown value gets zero tokens.
     loss_weights: weight of a loss term beside the others of its kind, for terms where it is not 1: auxiliary heads
@@ -35,6 +36,7 @@ class ConditionerConfig:
   attributes = ()
   d_ctx = 0
   d_time_emb = 0
+  film_channels = ()
   represents_unknown = True
   loss_weights = MappingProxyType({})
 

@@ -45,6 +45,7 @@ class ConditionerOutput(NamedTuple):
   Attributes:
     tokens: [B, T, d_ctx], appended to the text tokens.
     time_vector: [B, D], added to the UNet's time embedding.
+    film: (gamma, beta) of each residual block of the UNet in the order of its forward pass, [B, C] each.
     mu: [B, d], mean of the latent.
     log_sigma: [B, d], log standard deviation of the latent, in [-5, 1].
     h: [B, d], the composed node before the latent.
@@ -59,6 +60,7 @@ class ConditionerOutput(NamedTuple):
 
   tokens: jax.Array
   time_vector: jax.Array | None = None
+  film: tuple[tuple[jax.Array, jax.Array], ...] | None = None
   mu: jax.Array | None = None
   log_sigma: jax.Array | None = None
   h: jax.Array | None = None

@@ -12,6 +12,9 @@ Parameter paths are the reference's state_dict keys (CompDiff2Conditioner). Its 
   2c        d_time_emb=1280                         6,644,527
   2d, 2e    composer="transformer", d_time_emb=1280 4,803,375   (2e is 2d trained with attribute dropout)
   2b_flat   composer="flat"                         6,317,559
+
+There are three routes into the UNet, which may be combined: tokens, a vector added to the time embedding, and a
+modulation of the residual blocks.
 """
 
 import dataclasses
@@ -32,13 +35,14 @@ from compdiff_jax.conditioning.config import (
   check_not_negative,
   check_rate,
 )
+from compdiff_jax.conditioning.film import FiLM
 from compdiff_jax.conditioning.interface import Attributes, ConditionerOutput, Regression
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
 
 # Parameter names such as proj_cls are taken, so no attribute may be called that.
-_RESERVED = ("cls", "reg", "joint")
+_RESERVED = ("cls", "reg", "joint", "film")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +56,12 @@ class TypedConfig(ConditionerConfig):
     composer: "hierarchical" (all pairs, then the whole), "transformer" or "flat".
     multi_token: a token for each attribute beside the one of the whole.
     num_registers: further tokens that belong to no attribute; they need multi_token.
+    tokens: False keeps the tokens from the UNet (auxiliary heads still read them); then another route is needed.
     d_time_emb: width of the UNet's time embedding, to which a vector made of the latent is added (the reference's
       Route B); 0: it is not.
+    film_channels: widths of the UNet's residual blocks, which the latent then modulates (`conditioning.film`); empty:
+      it does not.
+    film_hidden: inner width of that network.
     freq_dim: number of sinusoidal features of a continuous attribute, even.
     flat_hidden: inner width of the flat composer; 664 gives it the size of the hierarchical one.
     transformer_layers, transformer_heads: of the transformer composer.
@@ -70,7 +78,10 @@ class TypedConfig(ConditionerConfig):
   composer: str = "hierarchical"
   multi_token: bool = True
   num_registers: int = 0
+  tokens: bool = True
   d_time_emb: int = 0
+  film_channels: tuple[int, ...] = ()
+  film_hidden: int = 512
   freq_dim: int = 128
   flat_hidden: int = 664
   transformer_layers: int = 2
@@ -85,6 +96,7 @@ class TypedConfig(ConditionerConfig):
 
   def __post_init__(self):
     check_positive(self, "d_node", "d_ctx", "freq_dim", "flat_hidden", "transformer_layers", "transformer_heads")
+    check_positive(self, "film_channels", "film_hidden")
     check_not_negative(self, "num_registers", "d_time_emb", "aux_hidden_dim")
     check_rate(self, "dropout")
     check_choice(self, "composer", tuple(COMPOSERS))
@@ -93,6 +105,10 @@ class TypedConfig(ConditionerConfig):
       raise InputError(f"field freq_dim must be even (cosines and sines), got {self.freq_dim}")
     if self.num_registers and not self.multi_token:
       raise InputError(f"field num_registers is {self.num_registers}; registers need multi_token=True")
+    if not self.tokens and not self.d_time_emb and not self.film_channels:
+      raise InputError("field tokens is False without d_time_emb and film_channels; nothing would reach the UNet")
+    if not self.tokens and self.num_registers:
+      raise InputError(f"field num_registers is {self.num_registers}; registers need tokens=True")
     if self.composer == "transformer" and self.d_node % self.transformer_heads:
       raise InputError(f"field transformer_heads is {self.transformer_heads}; it must divide d_node {self.d_node}")
 
@@ -110,7 +126,8 @@ class Typed(nnx.Module):
     for name in _RESERVED:
       if name in names:
         raise InputError(f"conditioner: attribute {name!r} has the name of a part of the network; rename it")
-    self.num_tokens = 1 + config.num_registers + (len(names) if config.multi_token else 0)
+    count = 1 + config.num_registers + (len(names) if config.multi_token else 0)
+    self.num_tokens = count if config.tokens else 0
     for attribute in self.schema:
       self._add_encoder(attribute, rngs)
     COMPOSERS[config.composer].add(self, names, config, rngs)
@@ -124,6 +141,8 @@ class Typed(nnx.Module):
       # Zero: training starts from the UNet's own time embedding.
       self.time_proj.kernel = nnx.Param(jnp.zeros([config.d_node, config.d_time_emb]))
       self.time_proj.bias = nnx.Param(jnp.zeros([config.d_time_emb]))
+    if config.film_channels:
+      self.film = FiLM(config.d_node, config.film_hidden, config.film_channels, rngs)
     sizes = self._head_sizes() if config.aux_hidden_dim else {}
     self.heads = tuple(sizes)
     for head, size in sizes.items():
@@ -157,7 +176,7 @@ class Typed(nnx.Module):
     return jnp.where(known[:, None], embedding, getattr(self, f"null_{name}")[...])
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput:
-    """Attributes {name: [B]} to tokens [B, T, d_ctx], the time vector [B, d_time_emb], and what the losses need."""
+    """Attributes {name: [B]} to tokens [B, T, d_ctx], the other routes' vectors, and what the losses need."""
     config, names = self.config, self.schema.names
     composer = COMPOSERS[config.composer]
     mask_shapes = composer.mask_shapes(names, config) | dict.fromkeys(self.heads, (config.aux_hidden_dim,))
@@ -181,8 +200,9 @@ class Typed(nnx.Module):
       tokens = jnp.where(conditioned[:, None, None], tokens, 0)
       time_vector = None if time_vector is None else jnp.where(conditioned[:, None], time_vector, 0)
     return ConditionerOutput(
-      tokens=tokens,
+      tokens=tokens[:, : self.num_tokens],
       time_vector=time_vector,
+      film=self.film(z, conditioned) if config.film_channels else None,
       mu=mu,
       log_sigma=log_sigma,
       h=composed.h,

@@ -1,6 +1,6 @@
 """Guidance turns two conditionings into one prediction function for the samplers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,5 +29,35 @@ def classifier_free_guidance(
     both = model(jnp.concatenate([sample, sample]), jnp.concatenate([timesteps, timesteps]), context)
     out_unconditional, out_conditional = jnp.split(both.astype(jnp.float32), 2)
     return out_unconditional + scale * (out_conditional - out_unconditional)
+
+  return predict
+
+
+def composed_guidance(
+  model: Callable[[jax.Array, jax.Array, Any], jax.Array],
+  contexts: Sequence[Any],
+  terms: Sequence[tuple[int, int, float | jax.Array]],
+  rescale: float = 0.0,
+) -> Predict:
+  """out_0 + sum of weight (out_i - out_j) over the terms (i, j, weight); all contexts run as one batch.
+
+  Args:
+    model: (x_t, timesteps, context) -> model output.
+    contexts: pytrees of arrays [B, …]; the first is the unconditional one, the second the fully conditional one.
+    terms: which outputs differ, and the weight of the difference.
+    rescale: from 0 to 1, how far the standard deviation over each sample is drawn to that of the second output
+      (Lin et al. 2024, Eq. 15 and 16).
+  """
+  count = len(contexts)
+  joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *contexts)
+
+  def predict(sample, timesteps):
+    output = model(jnp.concatenate([sample] * count), jnp.concatenate([timesteps] * count), joined)
+    outputs = jnp.split(output.astype(jnp.float32), count)
+    guided = outputs[0] + sum(weight * (outputs[i] - outputs[j]) for i, j, weight in terms)
+    if not rescale:
+      return guided
+    std = lambda values: jnp.std(values, axis=(1, 2, 3), keepdims=True)  # noqa: E731
+    return guided * (1 - rescale + rescale * std(outputs[1]) / std(guided))
 
   return predict

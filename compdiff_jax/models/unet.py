@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,14 @@ class UNetConfig:
       return (self.attention_head_dim,) * len(self.block_out_channels)
     return self.attention_head_dim
 
+  @property
+  def resnet_channels(self) -> tuple[int, ...]:
+    """The output width of every residual block in the order of the forward pass: down, mid, up."""
+    widths, layers = self.block_out_channels, self.layers_per_block
+    down = [width for width in widths for _ in range(layers)]
+    up = [width for width in reversed(widths) for _ in range(layers + 1)]
+    return (*down, widths[-1], widths[-1], *up)
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Any], source: str = "unet/config.json") -> "UNetConfig":
     """From a diffusers config.json; an unknown or unsupported field is an `InputError` that names it."""
@@ -246,6 +254,7 @@ class UNet2DCondition(nnx.Module):
     timesteps: jax.Array,
     encoder_hidden_states: jax.Array,
     time_vector: jax.Array | None = None,
+    film: Sequence[tuple[jax.Array, jax.Array]] | None = None,
   ) -> jax.Array:
     """The prediction for `sample`.
 
@@ -254,6 +263,8 @@ class UNet2DCondition(nnx.Module):
       timesteps: diffusion times, [B], integers or floats in [0, num_train_timesteps).
       encoder_hidden_states: context tokens of any number, [B, L, cross_attention_dim].
       time_vector: optional [B, 4 * block_out_channels[0]], added to the time embedding (CompDiff-2's Route B).
+      film: optional (gamma, beta) for each residual block, [B, C] each with the C of `UNetConfig.resnet_channels`: its
+        output h becomes gamma h + beta.
 
     Returns:
       [B, h, w, out_channels], in the compute type.
@@ -270,12 +281,13 @@ class UNet2DCondition(nnx.Module):
     if time_vector is not None:
       time = time + time_vector.astype(time.dtype)
 
+    film = iter(film or ())
     x = self.conv_in(sample)
     skips = [x]
     for block in self.down_blocks:
-      x, features = block(x, time, encoder_hidden_states)
+      x, features = block(x, time, encoder_hidden_states, film)
       skips += features
-    x = self.mid_block(x, time, encoder_hidden_states)
+    x = self.mid_block(x, time, encoder_hidden_states, film)
     for block in self.up_blocks:
-      x = block(x, skips, time, encoder_hidden_states)
+      x = block(x, skips, time, encoder_hidden_states, film)
     return self.conv_out(self.activation(self.conv_norm_out(x)))

@@ -5,7 +5,7 @@ model has already fixed what is the same for all blocks (norms, time embedding, 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,20 @@ class ResnetBlock2D(nnx.Module):
     h = self.conv2(self.activation(self.norm2(h)))
     shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x)
     return (shortcut + h) / self.output_scale
+
+
+# (gamma, beta) of residual blocks, [B, C] each, in the order in which they run; empty where nothing is modulated.
+Film = Iterator[tuple[jax.Array, jax.Array]]
+_UNMODULATED: Film = iter(())
+
+
+def _modulated(h: jax.Array, film: Film) -> jax.Array:
+  """gamma h + beta (FiLM, Perez et al. 2018) with the next pair, [B, h, w, C] -> [B, h, w, C]."""
+  pair = next(film, None)
+  if pair is None:
+    return h
+  gamma, beta = (vector[:, None, None, :].astype(h.dtype) for vector in pair)
+  return gamma * h + beta
 
 
 class Downsample2D(nnx.Module):
@@ -112,12 +126,12 @@ class DownBlock2D(nnx.Module):
     self.downsamplers = nnx.List([downsample(out_channels)] if downsample else [])
 
   def __call__(
-    self, x: jax.Array, time: jax.Array | None = None, context: jax.Array | None = None
+    self, x: jax.Array, time: jax.Array | None = None, context: jax.Array | None = None, film: Film = _UNMODULATED
   ) -> tuple[jax.Array, list[jax.Array]]:
     """Returns the output and the features after every layer, which the way up concatenates."""
     skips = []
     for i, resnet in enumerate(self.resnets):
-      x = resnet(x, time)
+      x = _modulated(resnet(x, time), film)
       if self.attentions:
         x = self.attentions[i](x, context)
       skips.append(x)
@@ -148,10 +162,12 @@ class UpBlock2D(nnx.Module):
     self.attentions = nnx.List([transformer(out_channels) for _ in inputs] if transformer else [])
     self.upsamplers = nnx.List([upsample(out_channels)] if upsample else [])
 
-  def __call__(self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: jax.Array) -> jax.Array:
+  def __call__(
+    self, x: jax.Array, skips: list[jax.Array], time: jax.Array, context: jax.Array, film: Film = _UNMODULATED
+  ) -> jax.Array:
     """Takes its skips from the end of `skips` and enlarges to the size of the next one, which may be odd."""
     for i, resnet in enumerate(self.resnets):
-      x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+      x = _modulated(resnet(jnp.concatenate([x, skips.pop()], axis=-1), time), film)
       if self.attentions:
         x = self.attentions[i](x, context)
     for upsampler in self.upsamplers:
@@ -166,6 +182,6 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
     self.attentions = nnx.List([transformer(channels)])
     self.resnets = nnx.List([resnet(channels, channels) for _ in range(2)])
 
-  def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array) -> jax.Array:
-    x = self.attentions[0](self.resnets[0](x, time), context)
-    return self.resnets[1](x, time)
+  def __call__(self, x: jax.Array, time: jax.Array, context: jax.Array, film: Film = _UNMODULATED) -> jax.Array:
+    x = self.attentions[0](_modulated(self.resnets[0](x, time), film), context)
+    return _modulated(self.resnets[1](x, time), film)

@@ -39,6 +39,22 @@ def _projection(d_in, d_out):
   return nn.Sequential(nn.LayerNorm(d_in), nn.Linear(d_in, d_out))
 
 
+class _Film(nn.Module):
+  """A node to the gamma and beta of each residual block of the UNet."""
+
+  def __init__(self, d_node, d_hidden, channels):
+    super().__init__()
+    self.shared_encoder = nn.Sequential(
+      nn.LayerNorm(d_node), nn.Linear(d_node, d_hidden), nn.SiLU(), nn.Linear(d_hidden, d_hidden), nn.SiLU()
+    )
+    self.gamma_heads = nn.ModuleList(nn.Linear(d_hidden, width) for width in channels)
+    self.beta_heads = nn.ModuleList(nn.Linear(d_hidden, width) for width in channels)
+
+  def forward(self, node):
+    hidden = self.shared_encoder(node)
+    return [(gamma(hidden), beta(hidden)) for gamma, beta in zip(self.gamma_heads, self.beta_heads)]
+
+
 class _Conditioner(ModelMixin, ConfigMixin):
   """What all conditioners do with a user's values: check them, encode them, put them in front of a prompt."""
 
@@ -179,6 +195,10 @@ class _Conditioner(ModelMixin, ConfigMixin):
     nodes = [getattr(self, f"compose_{a}_{b}")(embeddings[a], embeddings[b]) for a, b in self.pairs]
     return nodes[0] if len(nodes) == 1 else self.compose_all(*nodes)
 
+  def modulation(self, encoded):
+    """(gamma, beta) [B, C] of each residual block of the UNet, or None where the model has no such route."""
+    return None
+
   def unknown(self, batch):
     """Encoded lists of a batch in which every attribute is unknown."""
     return self.encode_batch({}, batch)
@@ -245,7 +265,10 @@ class TypedConditioner(_Conditioner):
       HierarchicalConditioner.
     composer: "hierarchical", "transformer" or "flat".
     multi_token, num_registers: whether each attribute has a token beside the one of the whole; further tokens.
+    tokens: whether the tokens are handed to the UNet.
     d_time_emb: width of the vector that is added to the UNet's time embedding; 0: there is none.
+    film_channels: widths of the UNet's residual blocks, which are modulated; empty: they are not.
+    film_hidden: inner width of that network.
     freq_dim: number of sinusoids of a number.
     flat_hidden, transformer_layers, transformer_heads: sizes of the composers.
     unconditional: whether a sample of which nothing is known gets the tokens of the learned "nulls", or "zeros".
@@ -261,7 +284,10 @@ class TypedConditioner(_Conditioner):
     composer: str = "hierarchical",
     multi_token: bool = True,
     num_registers: int = 0,
+    tokens: bool = True,
     d_time_emb: int = 0,
+    film_channels: list = (),
+    film_hidden: int = 512,
     freq_dim: int = 128,
     flat_hidden: int = 664,
     transformer_layers: int = 2,
@@ -313,6 +339,8 @@ class TypedConditioner(_Conditioner):
     self.proj_cls = _projection(d_node, d_ctx)
     if d_time_emb:
       self.time_proj = nn.Linear(d_node, d_time_emb)
+    if film_channels:
+      self.film = _Film(d_node, film_hidden, film_channels)
 
   def _embed(self, name, encoded):
     level = self._levels(name, encoded)
@@ -339,22 +367,36 @@ class TypedConditioner(_Conditioner):
     contexts = out.unbind(1) if multi else ()
     return out[:, len(parts)], dict(zip(self.names, contexts)), out[:, len(parts) + 1 :]
 
+  def _latent(self, encoded):
+    """The latent [B, d], {name: context} and the registers."""
+    h, *rest = self._compose({name: self._embed(name, encoded[name]) for name in self.names})
+    return (self.mu_head(h) if self.config.use_uncertainty else h, *rest)
+
+  def _conditioned(self, encoded):
+    """bool [B]: where the sample is not one of which nothing is known and that gets zeros."""
+    known = torch.stack([self._levels(name, encoded[name]) >= 0 for name in self.names]).any(dim=0)
+    return known | (self.config.unconditional != "zeros")
+
+  def modulation(self, encoded):
+    if not self.config.film_channels:
+      return None
+    known = self._conditioned(encoded)[:, None]
+    pairs = self.film(self._latent(encoded)[0])
+    return [(torch.where(known, gamma, 1), torch.where(known, beta, 0)) for gamma, beta in pairs]
+
   def forward(self, encoded):
     """Encoded lists {name: [B]} to tokens [B, T, d_ctx] and the time vector [B, d_time_emb] or None."""
-    embeddings = {name: self._embed(name, encoded[name]) for name in self.names}
-    h, contexts, registers = self._compose(embeddings)
-    z = self.mu_head(h) if self.config.use_uncertainty else h
+    z, contexts, registers = self._latent(encoded)
     tokens = [getattr(self, f"proj_{name}")(context) for name, context in contexts.items()]
     tokens = torch.stack([*tokens, self.proj_cls(z)], dim=1)
     if self.config.num_registers:
-      registers = self.register_tokens.expand(len(h), -1, -1) if registers is None else registers
+      registers = self.register_tokens.expand(len(z), -1, -1) if registers is None else registers
       tokens = torch.cat([tokens, self.proj_reg(registers)], dim=1)
     time_vector = self.time_proj(z) if self.config.d_time_emb else None
-    if self.config.unconditional == "zeros":
-      known = torch.stack([self._levels(name, encoded[name]) >= 0 for name in self.names]).any(dim=0)
-      tokens = torch.where(known[:, None, None], tokens, 0)
-      time_vector = None if time_vector is None else torch.where(known[:, None], time_vector, 0)
-    return tokens, time_vector
+    known = self._conditioned(encoded)
+    tokens = torch.where(known[:, None, None], tokens, 0)
+    time_vector = None if time_vector is None else torch.where(known[:, None], time_vector, 0)
+    return tokens if self.config.tokens else tokens[:, :0], time_vector
 
 
 class FlatConditioner(_Conditioner):

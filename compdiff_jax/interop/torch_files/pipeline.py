@@ -122,11 +122,14 @@ class CompDiffPipeline(StableDiffusionPipeline):
     text, negative_text = self.encode_prompt(prompts, self._execution_device, 1, guided, negatives)
     tokens, time_vector = self.conditioner(encoded)
     context, negative_context, time_vectors = torch.cat([text, tokens.to(text)], dim=1), None, [time_vector]
+    modulations = [self.conditioner.modulation(encoded)]
     if guided:
       tokens, time_vector = self.conditioner(self.conditioner.unknown(batch))
       negative_context = torch.cat([negative_text, tokens.to(text)], dim=1)
       time_vectors.insert(0, time_vector)  # diffusers runs the negative half of the batch first
-    with self._time_vectors(time_vectors, options.get("num_images_per_prompt", 1)):
+      modulations.insert(0, self.conditioner.modulation(self.conditioner.unknown(batch)))
+    copies = options.get("num_images_per_prompt", 1)
+    with self._time_vectors(time_vectors, copies), self._modulated(modulations, copies):
       return super().__call__(
         prompt_embeds=context,
         negative_prompt_embeds=negative_context,
@@ -150,6 +153,28 @@ class CompDiffPipeline(StableDiffusionPipeline):
       yield
     finally:
       hook.remove()
+
+  @contextlib.contextmanager
+  def _modulated(self, modulations, num_images_per_prompt):
+    """Within the block the output h of each residual block of the UNet is gamma h + beta."""
+    hooks = []
+    if modulations[0] is not None:
+      blocks = [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+      for resnet, *pairs in zip([resnet for block in blocks for resnet in block.resnets], *modulations):
+        gamma, beta = (
+          torch.cat([vector.repeat_interleave(num_images_per_prompt, dim=0) for vector in vectors])[:, :, None, None]
+          for vectors in zip(*pairs)
+        )
+        hooks.append(
+          resnet.register_forward_hook(
+            lambda module, inputs, output, gamma=gamma, beta=beta: gamma.to(output) * output + beta.to(output)
+          )
+        )
+    try:
+      yield
+    finally:
+      for hook in hooks:
+        hook.remove()
 
   def save_pretrained(self, save_directory, **options):
     """As in diffusers, together with the two source files, so that the directory loads again."""

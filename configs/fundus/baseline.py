@@ -1,0 +1,21 @@
+"""The text baseline on fundus photographs: Stable Diffusion 2.1 with age, sex and race as words of the prompt.
+
+compdiff train --config=configs/fundus/baseline.py --workdir=runs/fundus_baseline --config.data.path=DIR
+
+Needs stable-diffusion-2-1-base as diffusers publishes it and a data set with age, sex and race. Meant for
+accelerators of 80 GB: global batch 96 (the reference trained CompDiff-2 on four GPUs of 24), 30,000 steps.
+Time and quality are unmeasured.
+
+Hyper-parameters of the reference (configs/baseline_SD/train_baseline.yaml), except
+
+- the text encoder is frozen; --config.train_text_encoder=True trains it as the reference does
+- text dropout 0.1, where the reference has none
+- no weight decay on biases, norms, embeddings and nulls
+- a schedule in optimizer steps and an average with decay 0.9999; --config.train.reference_processes=N has the old one
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.fundus("baseline")

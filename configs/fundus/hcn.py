@@ -1,0 +1,23 @@
+"""CompDiff-1 on fundus photographs: sex and race composed into one token by HCN v1, age in the prompt.
+
+compdiff train --config=configs/fundus/hcn.py --workdir=runs/fundus_hcn --config.data.path=DIR
+
+Needs stable-diffusion-2-1-base as diffusers publishes it and a data set with age, sex and race. Meant for
+accelerators of 80 GB: global batch 96 (the reference trained CompDiff-2 on four GPUs of 24), 30,000 steps.
+Time and quality are unmeasured.
+
+Hyper-parameters of the reference (configs/hcn/train_hcn_age_from_promt.yaml), except
+
+- the text encoder is frozen; --config.train_text_encoder=True trains it as the reference does
+- text dropout 0.1, where the reference has none
+- attribute dropout 0.1 and full dropout 0.1
+- learned nulls for unknown attributes, which the reference does not have
+- no weight decay on biases, norms, embeddings and nulls
+- a schedule in optimizer steps and an average with decay 0.9999; --config.train.reference_processes=N has the old one
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.fundus("hcn")

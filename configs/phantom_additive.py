@@ -1,0 +1,16 @@
+"""The additive conditioner on phantoms: one token, a sum of effects whose interactions are shrunk.
+
+python -m data_prep.phantom --out build/phantom/data --num 1600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+compdiff train-vae --config=configs/phantom_additive.py --out=build/phantom/vae
+compdiff train --config=configs/phantom_additive.py --workdir=build/phantom/additive
+
+The first three serve all phantom configs. All methods train for 600 steps of 16 images in the same order; that takes
+minutes on two CPU cores. Differences from configs/chest/additive.py: network size, budget, and a smaller KL term.
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.phantom("additive")

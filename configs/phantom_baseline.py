@@ -1,0 +1,16 @@
+"""The text baseline on phantoms: a small model with age, sex and group as words of the prompt.
+
+python -m data_prep.phantom --out build/phantom/data --num 1600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+compdiff train-vae --config=configs/phantom_baseline.py --out=build/phantom/vae
+compdiff train --config=configs/phantom_baseline.py --workdir=build/phantom/baseline
+
+The first three serve all phantom configs. All methods train for 600 steps of 16 images in the same order; that takes
+minutes on two CPU cores. Differences from configs/chest/baseline.py: network size, budget, and a smaller KL term.
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.phantom("baseline")

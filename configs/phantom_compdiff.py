@@ -1,0 +1,16 @@
+"""CompDiff-2 on phantoms: typed encoders, all pairs and the whole, four tokens (stage 2b).
+
+python -m data_prep.phantom --out build/phantom/data --num 1600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+compdiff train-vae --config=configs/phantom_compdiff.py --out=build/phantom/vae
+compdiff train --config=configs/phantom_compdiff.py --workdir=build/phantom/compdiff
+
+The first three serve all phantom configs. All methods train for 600 steps of 16 images in the same order; that takes
+minutes on two CPU cores. Differences from configs/chest/compdiff.py: network size, budget, and a smaller KL term.
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.phantom("compdiff")

@@ -1,0 +1,16 @@
+"""FairDiffusion on phantoms: the text baseline, its samples weighted by what the groups lose.
+
+python -m data_prep.phantom --out build/phantom/data --num 1600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+compdiff train-vae --config=configs/phantom_fairdiffusion.py --out=build/phantom/vae
+compdiff train --config=configs/phantom_fairdiffusion.py --workdir=build/phantom/fairdiffusion
+
+The first three serve all phantom configs. All methods train for 600 steps of 16 images in the same order; that takes
+minutes on two CPU cores. Differences from configs/chest/fairdiffusion.py: network size, budget, and a smaller KL term.
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.phantom("fairdiffusion")

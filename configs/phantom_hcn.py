@@ -1,0 +1,16 @@
+"""CompDiff-1 on phantoms: sex and group composed into one token by HCN v1, age in the prompt.
+
+python -m data_prep.phantom --out build/phantom/data --num 1600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+compdiff train-vae --config=configs/phantom_hcn.py --out=build/phantom/vae
+compdiff train --config=configs/phantom_hcn.py --workdir=build/phantom/hcn
+
+The first three serve all phantom configs. All methods train for 600 steps of 16 images in the same order; that takes
+minutes on two CPU cores. Differences from configs/chest/hcn.py: network size, budget, and a smaller KL term.
+"""
+
+from compdiff_jax import methods
+
+
+def get_config():
+  return methods.phantom("hcn")

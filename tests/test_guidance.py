@@ -1,0 +1,132 @@
+"""Weights for text, demographics and single attributes, against their formula with a UNet that is not additive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conditioner_parity import BATCH, CHEST, wide_params
+from stand_in import StandIn, stand_in
+
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.hcn import HCNConfig
+from compdiff_jax.conditioning.none import NoConditionerConfig
+from compdiff_jax.conditioning.typed import TypedConfig
+from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.sampling.guidance import Guidance, guided, parse_guidance
+
+CONFIG = TypedConfig(d_node=8, d_ctx=8, aux_hidden_dim=0, freq_dim=6, flat_hidden=8)
+IDS, EMPTY = jnp.full([7, 77], 5), jnp.zeros([7, 77], int)
+
+
+class _WithText(StandIn):
+  """The text tokens say which prompt it is."""
+
+  def encode_text(self, params, input_ids):
+    return jnp.broadcast_to(input_ids[:, :1, None].astype(jnp.float32), [len(input_ids), 2, 8])
+
+
+def unet(params, noisy, timesteps, context, *_):
+  """Not additive: the conditions meet in a tanh."""
+  return noisy * 0.1 + jnp.tanh(jnp.mean(context, axis=1)[:, None, None, :3] + 0.01 * timesteps[:, None, None, None])
+
+
+def model_of(config=CONFIG, network=unet):
+  model = stand_in(network, config, CHEST)
+  return _WithText(**{name: getattr(model, name) for name in model.__dataclass_fields__})
+
+
+MODEL = model_of()
+PARAMS = {"unet": {}, "conditioner": wide_params(MODEL.conditioner)}
+NOISY, TIMES = jnp.ones([7, 2, 2, 3]), jnp.arange(7) * 100
+
+
+def out(ids, *names):
+  """The plain prediction with only the named attributes known."""
+  values = {**CHEST.unknown(7), **{name: BATCH[name] for name in names}}
+  return unet({}, NOISY, TIMES, *MODEL.context(PARAMS, ids, values)[0])
+
+
+@pytest.fixture(scope="module")
+def outputs():
+  return jax.jit(lambda: {
+    "nothing": out(EMPTY), "t": out(IDS), "td": out(IDS, "age", "sex", "race"), "age": out(IDS, "age"),
+    "race": out(IDS, "race"),
+  })()  # fmt: skip
+
+
+def predict(guidance):
+  run = lambda guidance: guided(MODEL, PARAMS, IDS, EMPTY, BATCH, guidance)(NOISY, TIMES)  # noqa: E731
+  return np.asarray(jax.jit(run)(guidance))
+
+
+@pytest.mark.parametrize("demographics", [None, 2.0, 0.0])
+def test_weights_of_the_formula(demographics, outputs):
+  o = outputs
+  whole = 3.0 if demographics is None else demographics
+  expected = o["nothing"] + 3.0 * (o["t"] - o["nothing"]) + whole * (o["td"] - o["t"])
+  if demographics is not None:
+    np.testing.assert_allclose(predict(Guidance(3.0, demographics)), expected, atol=1e-5)
+  parts = expected + (5.0 - whole) * (o["age"] - o["t"]) + (-1.0 - whole) * (o["race"] - o["t"])
+  np.testing.assert_allclose(predict(Guidance(3.0, demographics, {"age": 5.0, "race": -1.0})), parts, atol=1e-5)
+  if demographics == 0.0:  # Liu et al.: a sum over attributes alone
+    liu = o["nothing"] + 3.0 * (o["t"] - o["nothing"]) + 5.0 * (o["age"] - o["t"]) - (o["race"] - o["t"])
+    np.testing.assert_allclose(parts, liu, atol=1e-5)
+
+
+def test_equal_weights_are_classifier_free_guidance(outputs):
+  o = outputs
+  ordinary = o["nothing"] + 4.0 * (o["td"] - o["nothing"])
+  plain = predict(Guidance(4.0))
+  np.testing.assert_allclose(plain, ordinary, atol=1e-5)
+  for guidance in (Guidance(4.0, 4.0), Guidance(4.0, None, {"age": 4.0}), Guidance(4.0, 4.0, {"age": 4.0, "sex": 4.0})):
+    np.testing.assert_allclose(predict(guidance), plain, atol=1e-5)
+  conditional, unconditional = MODEL.context(PARAMS, IDS, BATCH)[0], MODEL.unconditional_context(PARAMS, EMPTY)
+  wrapped = lambda sample, timesteps, context: unet({}, sample, timesteps, *context)  # noqa: E731
+  direct = classifier_free_guidance(wrapped, conditional, unconditional, 4.0)(NOISY, TIMES)
+  np.testing.assert_allclose(plain, direct, atol=1e-6)
+  assert np.abs(plain - predict(Guidance(4.0, 1.0))).max() > 0.05
+
+
+def test_only_what_differs_is_computed():
+  rows = []
+
+  def counting(params, noisy, timesteps, context, *rest):
+    rows.append(len(noisy) // 7)
+    return unet(params, noisy, timesteps, context, *rest)
+
+  model = model_of(network=counting)
+  for guidance in (Guidance(4.0), Guidance(4.0, 2.0), Guidance(4.0, 2.0, {"age": 1.0, "sex": 3.0})):
+    jax.eval_shape(lambda guidance=guidance: guided(model, PARAMS, IDS, EMPTY, BATCH, guidance)(NOISY, TIMES))
+  assert rows == [2, 3, 5]
+
+
+def test_partial_conditioning_and_ages_between(outputs):
+  """Unknown values are nulls in the guided branch too; neighbouring ages give neighbouring pictures."""
+  values = {**BATCH, "sex": jnp.full([7], -1)}
+  run = jax.jit(lambda values: guided(MODEL, PARAMS, IDS, EMPTY, values, Guidance(1.0))(NOISY, TIMES))
+  some = np.asarray(run(values))
+  np.testing.assert_allclose(some, jax.jit(lambda: out(IDS, "age", "race"))(), atol=1e-5)
+  ages = [run({**BATCH, "age": jnp.full([7], age)}) for age in (50.0, 50.25, 50.5, 51.0, 90.0)]
+  distances = [float(jnp.abs(ages[i] - ages[0]).max()) for i in range(5)]
+  assert 0 < distances[1] < distances[2] and distances[1] < 0.5 * distances[4]
+
+
+def test_weights_are_read():
+  assert parse_guidance(7.5, "", MODEL) == Guidance(7.5, None, {})
+  assert parse_guidance(7.5, "demographics=4, age=-1.5", MODEL) == Guidance(7.5, 4.0, {"age": -1.5})
+
+
+@pytest.mark.parametrize(
+  ("parts", "config", "words"),
+  [
+    ("ages=2", CONFIG, "did you mean 'age'"),
+    ("age", CONFIG, "write name=number"),
+    ("age=nan", CONFIG, "write name=number"),
+    ("age=1,age=2", CONFIG, "names age twice"),
+    ("age=1", NoConditionerConfig(d_ctx=8), "its demographics are words of the prompt"),
+    ("age=1", HCNConfig(d_node=8, d_ctx=8, aux_hidden_dim=0, learned_nulls=False), "no learned nulls"),
+  ],
+)
+def test_weights_that_are_refused(parts, config, words):
+  with pytest.raises(InputError, match=f"guidance_parts.*{words}"):
+    parse_guidance(7.5, parts, model_of(config))
