@@ -96,7 +96,7 @@ class TypedConfig(ConditionerConfig):
 
   def __post_init__(self):
     check_positive(self, "d_node", "d_ctx", "freq_dim", "flat_hidden", "transformer_layers", "transformer_heads")
-    check_positive(self, "film_channels", "film_hidden")
+    check_positive(self, "film_hidden", *(["film_channels"] if self.film_channels else []))
     check_not_negative(self, "num_registers", "d_time_emb", "aux_hidden_dim")
     check_rate(self, "dropout")
     check_choice(self, "composer", tuple(COMPOSERS))
