@@ -9,9 +9,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from compdiff_jax.cli import InputError
+
+
+# What writing may hold beside the arrays; without a bound Orbax takes as much again as the whole state.
+_WRITE_BYTES = 2**29
 
 
 class Checkpoints:
@@ -42,7 +47,11 @@ class Checkpoints:
   def save(self, step: int, parts: dict[str, Any]) -> None:
     """Starts writing `parts` (pytrees of arrays, or a Grain iterator) and returns; the previous write is awaited."""
     self._checkpointer.wait()
-    self._checkpointer.save_checkpointables_async(step, parts)
+    largest = max((getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(parts)), default=0)
+    context = ocp.Context()
+    context.memory.write_concurrent_bytes = max(_WRITE_BYTES, 2 * largest)
+    with context:
+      self._checkpointer.save_checkpointables_async(step, parts)
 
   def restore(self, parts: dict[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:
     """Loads the named parts of a step (default: the latest) into the given shapes and shardings.

@@ -87,8 +87,7 @@ def slice_from_torch(key: str, tensor: Any, shape: Sequence[int], index: Sequenc
   """
   axes = _leaf(key, len(shape))[1]
   parts = tuple(index[axis] for axis in axes)
-  extra = len(tensor.get_shape()) - len(shape)
-  value = tensor[(*parts, *[slice(None)] * extra)]
+  value = tensor[parts]
   return leaf_from_torch(key, value.reshape(value.shape[: len(shape)]))
 
 
@@ -129,7 +128,7 @@ def match(found: Mapping[str, Sequence[int]], shapes: Mapping[str, Any], source:
       if tuple(shape) not in (wanted, (*wanted, 1, 1)):
         misshapen.append(f"{name} (file {list(shape)}, model {list(wanted)})")
       sources[key] = Source(name, wanted)
-    elif not _CONSTANTS.match(name):
+    elif not is_constant(name):
       unexpected.append(name)
   missing = [name for name, (key, _) in targets.items() if key not in sources]
 
@@ -138,6 +137,11 @@ def match(found: Mapping[str, Sequence[int]], shapes: Mapping[str, Any], source:
   if parts:
     raise InputError(f"{source} does not fit the model: {'; '.join(parts)}; give the config.json of these weights")
   return {key: sources[key] for key in shapes}
+
+
+def is_constant(name: str) -> bool:
+  """Whether a key of a state dict is no parameter but a constant that older releases stored."""
+  return bool(_CONSTANTS.match(name))
 
 
 def _leaf(key: str, ndim: int) -> tuple[str, tuple[int, ...]]:

@@ -4,8 +4,9 @@ Needs NumPy and safetensors only, in both directions; pickles are read only wher
 """
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _TRANSFORMERS_STEM = "model"
 _TRANSFORMERS_CLASSES = frozenset({"CLIPTextModel"})
 _VARIANTS = ("fp16", "bf16")
+_READ_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class WeightFiles(NamedTuple):
@@ -67,28 +69,30 @@ def load(weights: WeightFiles, functional: Functional, mesh: Mesh | None = None)
     InputError: a broken file, or keys and shapes that differ from the model's.
   """
   mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
-  with _opened(weights) as tensors:
-    matched = keys.match(
-      {name: tensor.get_shape() for name, tensor in tensors.items()}, functional.shapes, str(weights.source)
-    )
-    placed = sharding.tree_shardings(dict(functional.shapes), (), mesh)
-    params = {}
-    for key, (name, shape) in matched.items():
-      spec = functional.shapes[key]
-      params[key] = jax.make_array_from_callback(
+  tensors = _tensors(weights)
+  matched = _match(weights, tensors, functional)
+  placed = sharding.tree_shardings(dict(functional.shapes), (), mesh)
+
+  def array(key: str, name: str, shape: tuple[int, ...]) -> jax.Array:
+    spec = functional.shapes[key]
+    with tensors[name].opened() as tensor:
+      return jax.make_array_from_callback(
         spec.shape,
         placed[key],
-        lambda index, key=key, name=name, shape=shape, dtype=spec.dtype: keys.slice_from_torch(
-          key, tensors[name], shape, index
-        ).astype(dtype),
+        lambda index: keys.slice_from_torch(key, tensor, shape, index).astype(spec.dtype, copy=False),
       )
-  return params
+
+  return {key: array(key, name, shape) for key, (name, shape) in matched.items()}
+
+
+def check(weights: WeightFiles, functional: Functional) -> None:
+  """Raises the `InputError` that `load` would for keys and shapes that differ, without reading a tensor."""
+  _match(weights, _tensors(weights), functional)
 
 
 def stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
   """{key of the state dict: shape}, without reading a tensor."""
-  with _opened(weights) as tensors:
-    return {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+  return {name: tensor.shape for name, tensor in _tensors(weights).items()}
 
 
 def save_component(
@@ -109,13 +113,31 @@ def save_component(
     dtype: the stored type: "float32", "float16" or "bfloat16".
     max_bytes: the most data in one file; None for a single file.
   """
-  if class_name in _TRANSFORMERS_CLASSES:
-    stem, config = _TRANSFORMERS_STEM, {"architectures": [class_name], "dtype": dtype, **config}
-  else:
-    stem, config = _DIFFUSERS_STEM, {"_class_name": class_name, **config}
   with whole_directory(directory) as partial, writing(directory):
-    save_weights(partial, stem, params, dtype, max_bytes)
-    (partial / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_component(partial, config, params, class_name, dtype, max_bytes)
+
+
+def write_component(
+  directory: Path,
+  config: Mapping[str, Any],
+  params: Mapping[str, Any],
+  class_name: str,
+  dtype: str = "float32",
+  max_bytes: int | None = None,
+) -> None:
+  """`save_component` into a directory that exists and is part of something that appears as a whole."""
+  write_config(directory, config, class_name, dtype)
+  stem = _TRANSFORMERS_STEM if class_name in _TRANSFORMERS_CLASSES else _DIFFUSERS_STEM
+  save_weights(directory, stem, params, dtype, max_bytes)
+
+
+def write_config(directory: Path, config: Mapping[str, Any], class_name: str, dtype: str = "float32") -> None:
+  """Writes the config.json of a component."""
+  if class_name in _TRANSFORMERS_CLASSES:
+    config = {"architectures": [class_name], "dtype": dtype, **config}
+  else:
+    config = {"_class_name": class_name, **config}
+  (directory / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_weights(
@@ -127,7 +149,12 @@ def save_weights(
 
   def read(name: str) -> np.ndarray:
     key = names[name]
-    return keys.leaf_to_torch(key, np.asarray(params[key]).astype(jnp.dtype(dtype), copy=False))
+    with np.errstate(over="ignore"):  # refused in the next line
+      value = np.asarray(params[key]).astype(jnp.dtype(dtype), copy=False)
+    if not np.isfinite(value).all():
+      remedy = "; store them as float32 or bfloat16" if dtype == "float16" else ""
+      raise InputError(f"{name} of {directory.name} has values that are not finite in {dtype}{remedy}")
+    return keys.leaf_to_torch(key, value)
 
   safetensors_file.write_shards(directory, stem, shapes, dtype, read, max_bytes)
 
@@ -179,34 +206,60 @@ def _file_names(stems: Sequence[str], suffix: str) -> Iterator[str]:
       yield f"{stem}.{suffix}.index.{variant}.json"
 
 
-class _Loaded:
-  """A tensor in memory with the interface of a slice of a safetensors file."""
+class _Stored(NamedTuple):
+  """A tensor in a file."""
 
-  def __init__(self, array: np.ndarray):
-    self._array = array
-
-  def get_shape(self) -> list[int]:
-    return list(self._array.shape)
-
-  def __getitem__(self, index: Any) -> np.ndarray:
-    return self._array[index]
+  shape: tuple[int, ...]
+  opened: Callable[[], contextlib.AbstractContextManager[Any]]  # -> what `tensor[slices]` reads a part of
 
 
 @contextlib.contextmanager
-def _opened(weights: WeightFiles) -> Iterator[dict[str, Any]]:
-  """The tensors by name, not yet read: `tensor.get_shape()`, `tensor[index]`."""
-  with contextlib.ExitStack() as stack:
-    tensors = {}
-    for path in weights.files:
-      if path.suffix == ".bin":
-        tensors |= {name: _Loaded(array) for name, array in read_pickle(path).items()}
-        continue
-      try:
-        file = stack.enter_context(safe_open(path, framework="numpy"))
-      except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
-      tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not iterable)
-    yield tensors
+def _stored(path: Path, name: str) -> Iterator[Any]:
+  # Opened anew for each tensor: a file that stays mapped keeps all that was read of it in the process's memory.
+  with _safe_open(path) as file:
+    yield file.get_slice(name)
+
+
+def _safe_open(path: Path) -> Any:
+  try:
+    return safe_open(path, framework="numpy")
+  except (SafetensorError, OSError) as error:
+    raise InputError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+
+
+def _tensors(weights: WeightFiles) -> dict[str, _Stored]:
+  """The tensors of all files by name, not yet read."""
+  tensors = {}
+  for path in weights.files:
+    if path.suffix == ".bin":
+      found = {
+        name: _Stored(array.shape, functools.partial(contextlib.nullcontext, array))
+        for name, array in read_pickle(path).items()
+      }
+    else:
+      with _safe_open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (the file is not iterable)
+        types = {name: tensor.get_dtype() for name, tensor in slices.items()}
+        found = {
+          name: _Stored(tuple(tensor.get_shape()), functools.partial(_stored, path, name))
+          for name, tensor in slices.items()
+        }
+      wrong = [name for name in found if types[name] not in _READ_DTYPES and not keys.is_constant(name)]
+      if wrong:
+        raise InputError(
+          f"{path} stores {wrong[0]} as {types[wrong[0]]}; weights must be {', '.join(_READ_DTYPES)}: give those before"
+          " quantisation"
+        )
+    twice = tensors.keys() & found.keys()
+    if twice:
+      raise InputError(f"{path} holds {min(twice)}, which another file of {weights.source} holds too; copy them again")
+    tensors |= found
+  return tensors
+
+
+def _match(weights: WeightFiles, tensors: Mapping[str, _Stored], functional: Functional) -> dict[str, keys.Source]:
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  return keys.match(shapes, functional.shapes, str(weights.source))
 
 
 def read_json(path: Path) -> dict[str, Any]:
