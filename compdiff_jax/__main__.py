@@ -12,6 +12,7 @@ VERBS = {
   "plan": ("compdiff_jax.plan", "write a sampling plan, for example balanced over intersections"),
   "sample": ("compdiff_jax.sample", "generate images for a plan"),
   "evaluate": ("compdiff_jax.evaluate", "compare a synthetic set with real images"),
+  "import": ("compdiff_jax.import_weights", "read a diffusers directory or a checkpoint of the reference"),
   "export": ("compdiff_jax.export", "write a run as a diffusers directory"),
 }
 

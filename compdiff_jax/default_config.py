@@ -28,6 +28,8 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
   # Attributes written in front of the clinical text ("54 year old. …"); HCN v1 without age names ("age",).
   config.prompt_attributes = ()
 
+  # A run or an imported model (compdiff import) whose networks, schedule and tokenizer training starts from.
+  config.init = ""
   # diffusers component directories. Networks that have one take their shape from its config.json.
   config.weights = ml_collections.ConfigDict({"unet": "", "vae": "", "text_encoder": "", "tokenizer": ""})
   # Shapes of the networks that start from random weights; fields of the diffusers and transformers config.json.

@@ -1,30 +1,42 @@
-"""`compdiff export`: a trained run as a diffusers directory, for `DiffusionPipeline.from_pretrained`."""
+"""`compdiff export`: a run as a diffusers directory, for `DiffusionPipeline.from_pretrained`."""
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 from compdiff_jax import cli
+from compdiff_jax.cli import InputError
 from compdiff_jax.diffusion.samplers import Sampler
-from compdiff_jax.interop.export_directory import write_export
+from compdiff_jax.interop.export_directory import LAYOUTS, write_export
+from compdiff_jax.interop.safetensors_file import DTYPES, parse_size
 from compdiff_jax.interop.schedulers import to_diffusers
-from compdiff_jax.workdir import open_run
+from compdiff_jax.metrics import read_metrics
+from compdiff_jax.workdir import Run, open_run
 
 
 def main(argv: list[str]) -> None:
   parser = cli.parser("compdiff export", __doc__)
-  parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
+  parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run or an imported model")
   parser.add_argument("--out", type=Path, required=True, help="new directory")
   parser.add_argument("--step", type=int, default=None, help="checkpoint; the latest if not given")
   which = parser.add_mutually_exclusive_group()
   which.add_argument("--ema", action="store_true", help="averaged parameters (this is the default)")
   which.add_argument("--raw", action="store_true", help="last parameters instead of averaged ones")
-  parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="stored type")
+  parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="stored type")
+  parser.add_argument("--max_shard_size", default=None, help="most data in one file of weights, such as 5GB")
+  parser.add_argument(
+    "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="'reference' is for the pipeline of the PyTorch reference"
+  )
+  parser.add_argument("--report", type=Path, help="directory of compdiff evaluate, whose figures the model card shows")
   args = parser.parse_args(argv)
 
+  max_bytes = parse_size(args.max_shard_size) if args.max_shard_size else None
+  metrics = _metrics(args.report) if args.report else {}
   run = open_run(args.workdir)
-  weights = "raw" if args.raw else "ema"
-  step, params = run.load_params(weights, args.step)
-  model, config = run.model, run.config
+  weights = "imported" if run.source else "raw" if args.raw else "ema"
+  step, params = run.load_params("raw" if args.raw else "ema", args.step)
+  model = run.model
   write_export(
     args.out,
     # The torch pipeline takes its default image size from here.
@@ -36,20 +48,65 @@ def main(argv: list[str]) -> None:
     text_params=params["text_encoder"],
     tokenizer_dir=run.tokenizer.directory,
     scheduler_config=to_diffusers(model.schedule, Sampler()),
-    conditioner=(model.conditioner_config, params["conditioner"], model.schema),
-    prompt_attributes=tuple(config.prompt_attributes),
-    card={
-      "data": {"set": Path(config.data.path).name, "image size": f"{config.data.image_size} px"},
-      "recipe": {
-        "steps": step,
-        "weights": weights,
-        "batch size": config.train.batch_size,
-        "learning rate": config.train.learning_rate,
-        "trained parts": ", ".join(model.trained),
-        "text dropout": config.dropout.text,
-        "attribute dropout": f"{config.dropout.attribute}, all together {config.dropout.all_attributes}",
-      },
-    },
+    conditioner=(model.conditioner_config, params.get("conditioner", {}), model.schema),
+    prompt_attributes=tuple(run.config.prompt_attributes),
+    card={**_described(run, step, weights), "metrics": metrics},
     dtype=args.dtype,
+    max_bytes=max_bytes,
+    layout=args.layout,
   )
   print(f"diffusers directory of step {step} ({weights}) in {args.out}")
+
+
+def _described(run: Run, step: int, weights: str) -> dict[str, Any]:
+  """The tables "data" and "recipe" of the model card."""
+  size = f"{run.model.image_size} px"
+  if run.source:
+    recipe = {"weights": f"imported from {run.source['name']} ({run.source['kind']})"}
+    return {"data": {"set": "not known to the import", "image size": size}, "recipe": recipe | _steps(step)}
+  config = run.config
+  start = {"started from": Path(config.init).name} if config.get("init") else {}
+  return {
+    "data": {"set": Path(config.data.path).name, "image size": size},
+    "recipe": {
+      **start,
+      **_steps(step),
+      "weights": weights,
+      "batch size": config.train.batch_size,
+      "learning rate": config.train.learning_rate,
+      "trained parts": ", ".join(run.model.trained),
+      "text dropout": config.dropout.text,
+      "attribute dropout": f"{config.dropout.attribute}, all together {config.dropout.all_attributes}",
+      **_last_loss(run.workdir, step),
+    },
+  }
+
+
+def _steps(step: int) -> dict[str, int]:
+  return {"steps": step} if step else {}
+
+
+def _last_loss(workdir: Path, step: int) -> dict[str, float]:
+  """The training loss of the last report up to `step`, where there is one."""
+  losses = [row["loss"] for row in read_metrics(workdir) if row["step"] <= step]
+  return {"training loss": losses[-1]} if losses else {}
+
+
+def _metrics(directory: Path) -> dict[str, str]:
+  """The short table of a report as {measure and group: value, interval and number of images}."""
+  path = directory / "report.json"
+  try:
+    rows = json.loads(path.read_text())["headline"]
+    return {f"{row['measure']}, {row['group']}": _figure(row) for row in rows}
+  except OSError as error:
+    raise InputError(f"cannot read {path}: {error.strerror}; give as --report the --out of compdiff evaluate") from None
+  except (KeyError, TypeError, ValueError):
+    raise InputError(f"{path} is not a report of compdiff evaluate; give as --report its --out") from None
+
+
+def _figure(row: dict[str, Any]) -> str:
+  if row.get("value") is None:
+    return row.get("status", "not measured")
+  interval = f" ({row['lo']:.4g} to {row['hi']:.4g})" if row.get("lo") is not None else ""
+  number = f", {row['n_synthetic']} synthetic images" if "n_synthetic" in row else ""
+  return f"{row['value']:.4g}{interval}{number}"

@@ -152,12 +152,17 @@ class LatentDiffusion:
     frozen = [name for name in ("vae", "text_encoder") if name not in self.trained]
     return {name: load_component(weights[name], self.component(name)) for name in frozen}
 
-  def initial_params(self, key: jax.Array, weights: Mapping[str, str]) -> dict[str, Any]:
-    """Starting values of the trained components: pretrained where `config.weights` names a directory, else random."""
+  def initial_params(self, key: jax.Array, weights: Mapping[str, str], given: Params | None = None) -> dict[str, Any]:
+    """Starting values of the trained components.
+
+    Those `given`; else pretrained where `config.weights` names a directory; else random.
+    """
     params = {}
     for name in self.trained:
       component = self.component(name)
-      if weights.get(name):
+      if name in (given or {}):
+        params[name] = given[name]
+      elif weights.get(name):
         params[name] = load_component(weights[name], component)
       else:
         # A key of its own for each component: training one more does not change how the others start.

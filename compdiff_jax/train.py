@@ -24,7 +24,7 @@ from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
 from compdiff_jax.training.step import make_train_step
-from compdiff_jax.workdir import claim, content_hash
+from compdiff_jax.workdir import claim, content_hash, open_run
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> None:
   record_set = RecordSet(config.data.path)
   check_image_size(config.data.image_size, record_set, "train")
   schema = record_set.schema
+  origin = open_run(config.init) if config.init else None
+  if origin:
+    config = origin.start(config, schema)
   model = LatentDiffusion.from_config(config, schema)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
@@ -82,7 +85,8 @@ def main(argv: list[str]) -> None:
     state = TrainState.from_parts(parts)
   else:
     start = 0
-    params = model.initial_params(jax.random.key(config.seed), config.weights)
+    given = origin.load_trained("ema", mesh)[1] if origin else None
+    params = model.initial_params(jax.random.key(config.seed), config.weights, given)
     state = jax.jit(create, out_shardings=shardings)(params)
 
   # ---- The step

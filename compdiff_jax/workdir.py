@@ -3,6 +3,9 @@
 config.json      the resolved config        schema.json   the attributes
 frozen.json      content hashes of the frozen networks
 metrics.jsonl    one row a report           checkpoints/<step>/
+
+An imported model (`compdiff import`) has no metrics but its frozen networks and tokenizer in directories of their own,
+and source.json, which says where it came from.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
 from compdiff_jax import sharding
 from compdiff_jax.checkpoint import Checkpoints, has_checkpoint
@@ -23,6 +27,13 @@ from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import differences, to_plain
 from compdiff_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compdiff_jax.latent_diffusion import LatentDiffusion
+
+# Stands for the run's own directory in the paths of `config.weights`, so that an imported model can be moved.
+WORKDIR = "{workdir}"
+SOURCE_FILE = "source.json"
+
+# Sections without which a config.json is not that of a run.
+_SECTIONS = ("data", "weights", "scheduler", "conditioner", "sample")
 
 # These keys say how a run reports, not what it computes; they may change when it is resumed.
 _REPORTING = ("logging.", "sample.")
@@ -40,11 +51,12 @@ def content_hash(params: Mapping[str, Any]) -> str:
 
 def claim(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, frozen_hashes: Mapping[str, str]) -> None:
   """Makes `workdir` this run's, or checks that it already is: another config, schema or frozen network is refused."""
-  wanted = {
-    "config": to_plain(config),
-    "schema": json.loads(json.dumps(schema.to_json())),
-    "frozen": dict(frozen_hashes),
-  }
+  wanted = description(config, schema, frozen_hashes)
+  if (workdir / SOURCE_FILE).exists():
+    raise InputError(
+      f"{workdir} holds an imported model, which has no training to resume; train in a new --workdir with"
+      f" --config.init={workdir}"
+    )
   if (workdir / "config.json").exists():
     found = {name: _read_json(workdir / f"{name}.json") for name in wanted}
     changed = [
@@ -61,10 +73,32 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, froz
     raise InputError(f"{workdir} is not an empty directory and holds no run (no config.json); use another --workdir")
   with writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    for name in ("schema", "frozen", "config"):  # config last: it marks the directory as complete
-      temporary = workdir / f".{name}.json"
-      temporary.write_text(json.dumps(wanted[name], indent=2) + "\n")
-      temporary.replace(workdir / f"{name}.json")
+    write_json(workdir, wanted)
+
+
+def description(config: ml_collections.ConfigDict, schema: Schema, frozen_hashes: Mapping[str, str]) -> dict[str, Any]:
+  """What a run's directory says about it: {file name without .json: plain data}, in the order of writing."""
+  # config last: it marks the directory as complete.
+  return {
+    "schema": json.loads(json.dumps(schema.to_json())),
+    "frozen": dict(frozen_hashes),
+    "config": to_plain(config),
+  }
+
+
+def write_json(directory: Path, files: Mapping[str, Any]) -> None:
+  """Writes each `<name>.json`, whole or not at all."""
+  for name, value in files.items():
+    temporary = directory / f".{name}.json"
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(directory / f"{name}.json")
+
+
+def located(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
+  """`config` with the paths of its weights in place of `WORKDIR`."""
+  config = config.copy_and_resolve_references()
+  config.weights.update({name: path.replace(WORKDIR, str(workdir)) for name, path in config.weights.items()})
+  return config
 
 
 def _read_json(path: Path) -> Any:
@@ -78,38 +112,98 @@ def _read_json(path: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained run, opened for sampling or export."""
+  """A trained run or an imported model, opened for sampling, export or as a start.
+
+  Attributes:
+    source: the contents of source.json, which says where an imported model came from; empty for a trained run.
+  """
 
   workdir: Path
   config: ml_collections.ConfigDict
   model: LatentDiffusion
   tokenizer: Tokenizer
+  source: Mapping[str, Any]
 
   def load_params(self, weights: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, all parameters), the trained ones from the checkpoint: `weights` is "ema" or "raw"."""
     frozen = self.model.load_frozen(self.config.weights)
     hashes = {name: content_hash(params) for name, params in frozen.items()}
     for name, expected in _read_json(self.workdir / "frozen.json").items():
-      if hashes.get(name) != expected:
+      if name in frozen and hashes[name] != expected:
         raise InputError(
           f"{self.config.weights[name]} is not the {name} that {self.workdir} was trained with (content hash differs)"
         )
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)),
-      {name: self.model.component(name).shapes for name in self.model.trained},
-    )
-    part = {"ema": "ema", "raw": "params"}[weights]
+    step, trained = self.load_trained(weights, mesh, step)
+    return step, {**jax.device_put(frozen, sharding.replicated(mesh)), **trained}
+
+  def load_trained(self, weights: str, mesh: Mesh, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """(step, the parameters in the checkpoint), split over the axis `fsdp` of the mesh.
+
+    `weights` is "ema" or "raw"; an imported model has one set only.
+    """
+    shapes = {name: self.model.component(name).shapes for name in self.model.trained}
+    placed = sharding.tree_shardings(shapes, (), mesh)
+    abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, placed)
+    part = "params" if self.source else {"ema": "ema", "raw": "params"}[weights]
     with Checkpoints(self.workdir / "checkpoints") as checkpoints:
       step, parts = checkpoints.restore({part: abstract}, step)
-    return step, {**jax.device_put(frozen, sharding.replicated(mesh)), **parts[part]}
+    return step, parts[part]
+
+  def start(self, config: ml_collections.ConfigDict, schema: Schema) -> ml_collections.ConfigDict:
+    """The config of a new run that starts from this one: its networks, noise schedule, tokenizer and prompts.
+
+    What this run has no conditioner for stays as `config` has it: plain Stable Diffusion gets a new conditioner.
+
+    Raises:
+      InputError: `config` names other weights or another kind of conditioner, or the attributes that the conditioner
+        uses differ from those of the data, `schema`.
+    """
+    for name, path in config.weights.items():
+      if path:
+        raise InputError(f"config.init={self.workdir} brings its own {name}; set config.weights.{name} to ''")
+    config = config.copy_and_resolve_references()
+    model, own = self.model, self.model.conditioner_config
+    with config.unlocked():
+      config.weights.update({name: self.config.weights[name] for name in ("vae", "tokenizer")})
+      config.unet = ml_collections.ConfigDict(model.unet_config.to_dict())
+      if "text_encoder" in model.trained:
+        config.text_encoder = ml_collections.ConfigDict(model.text_config.to_dict())
+      else:
+        config.weights.text_encoder = self.config.weights.text_encoder
+      config.scheduler = ml_collections.ConfigDict(model.schedule.to_dict())
+      if own.kind != "none":
+        self._check_attributes(config.conditioner.kind, schema)
+        names = list(own.select(model.schema).names)
+        config.conditioner = ml_collections.ConfigDict({**own.to_dict(), "attributes": names})
+        config.prompt_attributes = tuple(self.config.prompt_attributes)
+    return config
+
+  def _check_attributes(self, kind: str, schema: Schema) -> None:
+    """The tables of the conditioner must mean the same in the new data."""
+    own = self.model.conditioner_config
+    if kind != own.kind:
+      raise InputError(f"config.init={self.workdir} has a conditioner of kind {own.kind!r}, the config one of {kind!r}")
+    for attribute in own.select(self.model.schema):
+      if attribute not in tuple(schema):
+        there = ", ".join(map(str, attribute.values or (attribute.low, *attribute.bins, attribute.high)))
+        raise InputError(
+          f"{self.workdir} was made for {attribute.name} of {there}, and the data have it otherwise or not at all;"
+          " prepare them with these values, or import the model with --schema and the schema.json of the data"
+        )
 
 
 def open_run(workdir: str | Path) -> Run:
-  """Opens a directory that `compdiff train` wrote."""
+  """Opens a directory that `compdiff train` or `compdiff import` wrote."""
   workdir = Path(workdir)
-  config = ml_collections.ConfigDict(_read_json(workdir / "config.json"))
+  values = _read_json(workdir / "config.json")
+  missing = [name for name in _SECTIONS if not isinstance(values, dict) or not isinstance(values.get(name), dict)]
+  if missing:
+    raise InputError(f"{workdir / 'config.json'} has no section {missing[0]}; is {workdir} the --workdir of a run?")
+  config = located(ml_collections.ConfigDict(values), workdir)
   schema = Schema.load(workdir / "schema.json")
   if not has_checkpoint(workdir / "checkpoints"):
     raise InputError(f"{workdir} holds no complete checkpoint yet; run compdiff train first")
-  return Run(workdir, config, LatentDiffusion.from_config(config, schema), load_tokenizer(config.weights.tokenizer))
+  source = _read_json(workdir / SOURCE_FILE) if (workdir / SOURCE_FILE).exists() else {}
+  model = LatentDiffusion.from_config(config, schema)
+  return Run(workdir, config, model, load_tokenizer(config.weights.tokenizer), source)

@@ -34,6 +34,8 @@ CONDITIONER_CLASSES = {
 
 _TORCH_FILES = Path(__file__).parent / "torch_files"
 _DIFFUSERS_VERSION = "0.42.1"  # the version whose file formats these are
+LAYOUTS = ("compdiff", "reference")
+
 _PIPELINE_KEYWORDS = (
   "prompt",
   "negative_prompt",
@@ -135,7 +137,7 @@ def write_export(
     components = {
       "unet": (unet_config.to_dict(), unet_params, "UNet2DConditionModel"),
       "vae": (vae_config.to_dict(), vae_params, "AutoencoderKL"),
-      "text_encoder": ({"model_type": "clip_text_model", **text_config.to_dict()}, text_params, "CLIPTextModel"),
+      "text_encoder": (text_config.to_dict(), text_params, "CLIPTextModel"),
     }
     used = config.select(schema).names
     if conditioner_class:

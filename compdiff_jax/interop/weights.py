@@ -25,7 +25,7 @@ from compdiff_jax.models.functional import Functional
 _CONFIG = "config.json"
 _DIFFUSERS_STEM = "diffusion_pytorch_model"
 _TRANSFORMERS_STEM = "model"
-_TRANSFORMERS_CLASSES = frozenset({"CLIPTextModel"})
+_TRANSFORMERS_CLASSES = {"CLIPTextModel": "clip_text_model"}  # and their field model_type
 _VARIANTS = ("fp16", "bf16")
 _READ_DTYPES = ("F32", "F16", "BF16", "F64")
 
@@ -134,7 +134,8 @@ def write_component(
 def write_config(directory: Path, config: Mapping[str, Any], class_name: str, dtype: str = "float32") -> None:
   """Writes the config.json of a component."""
   if class_name in _TRANSFORMERS_CLASSES:
-    config = {"architectures": [class_name], "dtype": dtype, **config}
+    model_type = _TRANSFORMERS_CLASSES[class_name]
+    config = {"architectures": [class_name], "dtype": dtype, "model_type": model_type, **config}
   else:
     config = {"_class_name": class_name, **config}
   (directory / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

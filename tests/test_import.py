@@ -1,0 +1,221 @@
+"""`compdiff import`: every layout that PyTorch users have, read without loss into a run that needs nothing else."""
+
+import json
+import shutil
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import toy_models
+import torch
+from safetensors.torch import load_file
+
+from compdiff_jax import export, import_weights, sample, train
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.workdir import open_run
+from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
+
+
+@pytest.fixture(scope="module")
+def models():
+  return toy_models.networks()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  return toy_models.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer, models):
+  """Stable Diffusion in float32."""
+  return toy_models.stable_diffusion(tmp_path_factory.mktemp("models") / "sd", tokenizer, models)
+
+
+def run_import(source, workdir, *options):
+  import_weights.main([f"--source={source}", f"--workdir={workdir}", *map(str, options)])
+  return open_run(workdir)
+
+
+@pytest.mark.parametrize(
+  ("dtype", "saving", "options"),
+  [
+    (torch.float32, {}, ()),
+    (torch.float16, {"variant": "fp16"}, ()),
+    (torch.bfloat16, {"max_shard_size": "20KB"}, ()),
+    (torch.bfloat16, {"safe_serialization": False}, ("--allow-pickle",)),
+  ],
+  ids=["float32", "fp16 variant", "bfloat16 shards", "pickles"],
+)
+def test_stable_diffusion(tmp_path, tokenizer, dtype, saving, options):
+  models = {name: model.to(dtype) for name, model in toy_models.networks().items()}
+  source = toy_models.stable_diffusion(tmp_path / "sd", tokenizer, models, **saving)
+  if "safe_serialization" in saving and list(source.rglob("*.safetensors")):
+    for name in models:  # what transformers no longer writes itself
+      for path in (source / name).glob("*.safetensors"):
+        stem = "pytorch_model" if name == "text_encoder" else path.stem
+        torch.save(load_file(path), path.with_name(f"{stem}.bin"))
+        path.unlink()
+  run = run_import(source, tmp_path / "run", *options)
+  shutil.rmtree(source)
+  step, params = run.load_params("ema")
+  assert step == 0 and set(params) == set(models)
+  for name, model in models.items():
+    toy_models.assert_params(params[name], model.state_dict())
+  assert run.model.schedule.prediction_type == "v_prediction"
+  assert (run.model.image_size, run.model.schema.names) == (32, ())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_training_checkpoint_of_the_reference(tmp_path, base, models, suffix, fails):
+  """model, model_1, model_2 in the order UNet, text encoder, conditioner; what it lacks comes from --base."""
+  checkpoint = tmp_path / "checkpoint-1200"
+  states = [
+    {name: value + 0.5 for name, value in models[component].state_dict().items()}
+    for component in ("unet", "text_encoder")
+  ]
+  states.append(toy_models.conditioner_state(TYPED))
+  pickled = suffix == "bin"
+  for number, state in enumerate(states):
+    name = f"model_{number}" if number else "model"
+    toy_models.save_state(checkpoint / f"{'pytorch_' if pickled else ''}{name}.{suffix}", state)
+  (checkpoint / "random_states_0.pkl").write_bytes(b"anything")
+  if pickled:
+    message = fails(import_weights.main, f"--source={checkpoint}", f"--workdir={tmp_path / 'no'}", f"--base={base}")
+    assert "--allow-pickle" in message and not (tmp_path / "no").exists()
+  run = run_import(checkpoint, tmp_path / "run", f"--base={base}", *(["--allow_pickle"] if pickled else []))
+  step, params = run.load_params("raw")
+  assert step == 1200
+  states.append(models["vae"].state_dict())
+  for name, state in zip(("unet", "text_encoder", "conditioner", "vae"), states):
+    toy_models.assert_params(params[name], state)
+  assert run.model.conditioner_config == TYPED and run.model.schema == REFERENCE_SCHEMA
+  assert "--base" in fails(import_weights.main, f"--source={checkpoint}", f"--workdir={tmp_path / 'no'}")
+
+
+def released(directory, base, config, folder="hcn", **files):
+  shutil.copytree(base, directory)
+  toy_models.save_state(directory / folder / "model.safetensors", toy_models.conditioner_state(config))
+  return directory
+
+
+def test_released_hcn(tmp_path, base, models):
+  """Age stands in the prompt; the trained text encoder is the one beside the original."""
+  source = released(tmp_path / "release", base, HCN)
+  shutil.copytree(base / "text_encoder", source / "text_encoder_and_tokenizer")
+  trained = {name: value * 2 for name, value in models["text_encoder"].state_dict().items()}
+  toy_models.save_state(source / "text_encoder_and_tokenizer" / "model.safetensors", trained)
+  run = run_import(source, tmp_path / "run")
+  params = run.load_params("ema")[1]
+  toy_models.assert_params(params["text_encoder"], trained)
+  toy_models.assert_params(params["conditioner"], toy_models.conditioner_state(HCN))
+  assert run.model.conditioner_config == HCN and tuple(run.config.prompt_attributes) == ("age",)
+
+
+def test_released_flat_with_a_schema_of_ones_own(tmp_path, base, fails):
+  source = released(tmp_path / "release", base, FLAT, "demographic_encoder")
+  own = [dict(entry) for entry in REFERENCE_SCHEMA.to_json()]
+  own[1]["values"] = ["M", "F"]
+  Schema.from_json(own).save(tmp_path / "schema.json")
+  run = run_import(source, tmp_path / "run", f"--schema={tmp_path / 'schema.json'}")
+  assert run.model.conditioner_config == FLAT and run.model.schema["sex"].values == ("M", "F")
+  own[2]["values"] = ["White", "Black"]
+  Schema.from_json(own).save(tmp_path / "schema.json")
+  arguments = (f"--source={source}", f"--workdir={tmp_path / 'no'}", f"--schema={tmp_path / 'schema.json'}")
+  assert "emb_race.weight (file [4, 8], model [2, 8])" in fails(import_weights.main, *arguments)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory, base):
+  """A CompDiff-2 release, imported, its source gone and the workdir moved."""
+  directory = tmp_path_factory.mktemp("imported")
+  source = released(directory / "source", base, TYPED)
+  run_import(source, directory / "first")
+  shutil.rmtree(source)
+  (directory / "first").rename(directory / "run")
+  return directory / "run"
+
+
+def test_an_imported_model_is_sampled(imported, tmp_path):
+  (tmp_path / "plan.csv").write_text("text,age,sex,race\nEffusion.,64,female,Asian\nEffusion.,,,\n")
+  out = tmp_path / "samples"
+  sample.main([f"--workdir={imported}", f"--plan={tmp_path / 'plan.csv'}", f"--out={out}", "--num_steps=2"])
+  assert len(list(out.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_round_trip_is_bit_identical(imported, tmp_path, dtype):
+  """export -> import -> export gives the same files; stored in half precision, once rounded is rounded for good."""
+  options = [f"--dtype={dtype}"]
+  export.main([f"--workdir={imported}", f"--out={tmp_path / 'first'}", *options])
+  run = run_import(tmp_path / "first", tmp_path / "again")
+  assert run.model.conditioner_config == TYPED and run.model.schema == REFERENCE_SCHEMA
+  ours, theirs = run.load_params("ema")[1], open_run(imported).load_params("ema")[1]
+  for (path, value), other in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_array_equal(value, other.astype(dtype).astype("float32"), err_msg=str(path))
+  export.main([f"--workdir={tmp_path / 'again'}", f"--out={tmp_path / 'second'}", *options])
+  first, second = (toy_models.contents(tmp_path / name) for name in ("first", "second"))
+  del first["README.md"], second["README.md"]  # they say where each came from
+  assert first == second
+
+
+def test_torch_loads_what_was_imported_and_exported(imported, tmp_path, models):
+  export.main([f"--workdir={imported}", f"--out={tmp_path / 'export'}"])
+  pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
+  for name, model in models.items():
+    for key, value in getattr(pipe, name).state_dict().items():
+      assert torch.equal(value, model.state_dict()[key]), f"{name} {key}"
+  state = toy_models.conditioner_state(TYPED)
+  assert all(torch.equal(value, state[key]) for key, value in pipe.conditioner.state_dict().items())
+  assert "imported from source (CompDiff release)" in (tmp_path / "export" / "README.md").read_text()
+
+
+def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails):
+  """At learning rate 0 the parameters of the new run are those of the imported one."""
+  run = run_import(base, tmp_path / "imported")
+  arguments = [
+    f"--config={import_weights.__file__.replace('compdiff_jax/import_weights.py', 'configs/demo.py')}",
+    f"--config.data.path={workspace / 'data'}",
+    f"--config.init={tmp_path / 'imported'}",
+    "--config.data.image_size=32",
+    "--config.weights.vae=",
+    "--config.weights.tokenizer=",
+    f"--config.conditioner.d_ctx={toy_models.WIDTH}",
+    "--config.conditioner.d_node=8",
+    "--config.train_text_encoder=False",
+    "--config.train.learning_rate=0.0",
+    "--config.train.steps=1",
+    "--config.train.batch_size=8",
+    "--config.logging.log_every=1",
+    "--config.logging.checkpoint_every=1",
+  ]
+  train.main([*arguments, f"--workdir={tmp_path / 'tuned'}"])
+  tuned = open_run(tmp_path / "tuned")
+  step, params = tuned.load_params("raw")
+  assert step == 1 and tuned.model.conditioner_config.kind != "none"
+  expected = run.load_params("raw")[1]
+  for name, component in expected.items():
+    for key, value in component.items():
+      np.testing.assert_array_equal(params[name][key], value, err_msg=f"{name} {key}")
+  assert json.loads((tmp_path / "tuned" / "config.json").read_text())["scheduler"]["prediction_type"] == "v_prediction"
+  # Not into the imported model itself, and not beside other weights.
+  message = fails(train.main, *arguments, f"--workdir={tmp_path / 'imported'}")
+  assert f"--config.init={tmp_path / 'imported'}" in message
+  arguments.append("--config.weights.unet=somewhere")
+  assert "config.weights.unet" in fails(train.main, *arguments, f"--workdir={tmp_path / 'no'}")
+
+
+def test_training_keeps_the_imported_conditioner(imported, workspace):
+  """Its attributes must be those of the data."""
+  run = open_run(imported)
+  config = run.config.copy_and_resolve_references()
+  config.weights.update(dict.fromkeys(config.weights, ""))
+  started = run.start(config, REFERENCE_SCHEMA)
+  assert started.conditioner.to_dict() == {**TYPED.to_dict(), "attributes": ["age", "sex", "race"]}
+  assert started.weights.vae == str(imported / "vae") and started.weights.unet == ""
+  with pytest.raises(Exception, match=r"was made for race of White, Black, Asian, Hispanic, and the data"):
+    run.start(config, REFERENCE_SCHEMA.subset(("age", "sex")))
+  config.conditioner.kind = "hcn"
+  with pytest.raises(Exception, match="has a conditioner of kind 'typed', the config one of 'hcn'"):
+    run.start(config, REFERENCE_SCHEMA)
