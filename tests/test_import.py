@@ -6,15 +6,15 @@ import shutil
 import diffusers
 import numpy as np
 import pytest
-import toy_models
 import torch
+import toy_models
 from conftest import REPOSITORY
 from safetensors.torch import load_file
+from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 
 from compdiff_jax import export, import_weights, sample, train
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.workdir import open_run
-from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 
 
 @pytest.fixture(scope="module")
