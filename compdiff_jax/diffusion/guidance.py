@@ -15,20 +15,29 @@ def classifier_free_guidance(
   conditional: Any,
   unconditional: Any,
   scale: float | jax.Array,
+  rescale: float = 0.0,
 ) -> Predict:
   """out_u + scale (out_c - out_u) (Ho & Salimans 2022, Eq. 6 in diffusers' convention: scale 1 = no guidance).
+
+  With `rescale` the result's standard deviation over each sample is drawn to that of out_c, which keeps large scales
+  from overexposing pictures (Lin et al. 2024, Eq. 15 and 16).
 
   Args:
     model: (x_t, timesteps, context) -> model output.
     conditional, unconditional: contexts, pytrees of arrays [B, …]. Both branches run as one batch of 2B.
     scale: guidance weight, a scalar.
+    rescale: 0 leaves the standard deviation, 1 makes it that of out_c.
   """
   context = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, conditional)
 
   def predict(sample, timesteps):
     both = model(jnp.concatenate([sample, sample]), jnp.concatenate([timesteps, timesteps]), context)
     out_unconditional, out_conditional = jnp.split(both.astype(jnp.float32), 2)
-    return out_unconditional + scale * (out_conditional - out_unconditional)
+    guided = out_unconditional + scale * (out_conditional - out_unconditional)
+    if not rescale:
+      return guided
+    std = lambda output: jnp.std(output, axis=(1, 2, 3), keepdims=True)  # noqa: E731
+    return guided * (1 - rescale + rescale * std(out_conditional) / std(guided))
 
   return predict
 

@@ -73,10 +73,3 @@ class NoiseSchedule:
   def final_alpha_cumprod(self) -> float:
     """alpha_bar "before" t = 0, where a DDIM trajectory ends."""
     return 1.0 if self.set_alpha_to_one else float(self.alphas_cumprod[0])
-
-  def leading_timesteps(self, num_steps: int) -> np.ndarray:
-    """The "leading" grid of diffusers: int32 [num_steps], falling, for example 981, 961, …, 1 for 50 steps."""
-    if not 1 <= num_steps < self.num_train_timesteps:
-      raise InputError(f"sampling steps {num_steps} must lie in 1 to {self.num_train_timesteps - 1}")
-    stride = self.num_train_timesteps // num_steps
-    return (np.arange(num_steps)[::-1] * stride + self.steps_offset).astype(np.int32)
