@@ -5,13 +5,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint parity parity-full clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Differences from torch, written to docs/parity.md and docs/parity_full.md (the latter takes 10 GiB of memory).
+parity: $(VENV)/.test-installed
+	$(BIN)/python -m benchmarks.parity
+
+parity-full: $(VENV)/.test-installed
+	$(BIN)/python -m benchmarks.parity_full
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

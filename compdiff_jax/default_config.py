@@ -106,8 +106,15 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
 
   config.sample = ml_collections.ConfigDict(
     {
-      "num_steps": 50,
+      # As the reference samples; the options of other samplers are explained in diffusion/samplers.py.
+      "sampler": "ddpm",
+      "num_steps": 75,
+      "timestep_spacing": "",
+      "eta": 0.0,
+      "karras": False,
       "guidance": 7.5,
+      "guidance_rescale": 0.0,
+      "negative": "",
       "batch_size": 16,
       "text": "No acute cardiopulmonary abnormality.",
     }

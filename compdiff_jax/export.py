@@ -7,11 +7,11 @@ from typing import Any
 
 from compdiff_jax import cli
 from compdiff_jax.cli import InputError
-from compdiff_jax.diffusion.samplers import Sampler
 from compdiff_jax.interop.export_directory import LAYOUTS, write_export
 from compdiff_jax.interop.safetensors_file import DTYPES, parse_size
 from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.metrics import read_metrics
+from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.workdir import Run, open_run
 
 
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     text_config=model.text_config,
     text_params=params["text_encoder"],
     tokenizer_dir=run.tokenizer.directory,
-    scheduler_config=to_diffusers(model.schedule, Sampler()),
+    scheduler_config=to_diffusers(model.schedule, sampler_from_config(run.config.sample)),
     conditioner=(model.conditioner_config, params.get("conditioner", {}), model.schema),
     prompt_attributes=tuple(run.config.prompt_attributes),
     card={**_described(run, step, weights), "metrics": metrics},

@@ -1,15 +1,34 @@
 """`compdiff sample`: images for every row of a plan, from a trained run. The same command resumes."""
 
+import argparse
+import dataclasses
 import functools
 import sys
 from pathlib import Path
 
-from compdiff_jax import cli
+import ml_collections
+
+from compdiff_jax import cli, default_config
+from compdiff_jax.diffusion.samplers import DEFAULT_SPACINGS, SPACINGS, make_table
 from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.job import make_generate, run_job
 from compdiff_jax.sampling.plan import read_plan
+from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.workdir import open_run
+
+_SAMPLER_OPTIONS = ("timestep_spacing", "eta", "karras")
+
+
+def resolve_options(config: ml_collections.ConfigDict, args: argparse.Namespace) -> ml_collections.ConfigDict:
+  """`config.sample` of the run with what the command line says; another sampler leaves the options of the run's."""
+  options = ml_collections.ConfigDict(config)
+  if args.sampler not in (None, options.sampler):
+    defaults = default_config.base().sample
+    options.update({name: defaults[name] for name in _SAMPLER_OPTIONS})
+  given = {name: getattr(args, name, None) for name in options}
+  options.update({name: value for name, value in given.items() if value is not None})
+  return options
 
 
 def main(argv: list[str]) -> None:
@@ -19,43 +38,58 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--out", type=Path, required=True, help="directory for the images and manifest.csv")
   parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
   parser.add_argument("--step", type=int, default=None, help="checkpoint; the latest if not given")
-  parser.add_argument("--num_steps", type=int, default=None, help="DDIM steps; the run's config if not given")
+  parser.add_argument("--sampler", metavar="NAME", default=None, help=", ".join(DEFAULT_SPACINGS))
+  parser.add_argument("--num_steps", type=int, default=None, help="steps; the run's config if not given")
+  parser.add_argument("--timestep_spacing", metavar="NAME", default=None, help=", ".join(SPACINGS))
+  parser.add_argument("--eta", type=float, default=None, help="ancestral noise of ddim, 0 to 1")
+  parser.add_argument("--karras", action="store_true", default=None, help="Karras noise levels: dpmpp_2m, euler, unipc")
   parser.add_argument("--guidance", type=float, default=None, help="guidance scale; the run's config if not given")
+  parser.add_argument(
+    "--guidance_rescale", type=float, default=None, help="0 to 1; against overexposure at high guidance"
+  )
+  parser.add_argument("--negative", default=None, help="negative prompt of the rows whose column `negative` is empty")
   parser.add_argument("--batch_size", type=int, default=None, help="images a batch; the run's config if not given")
   parser.add_argument("--grid", action="store_true", help="also draw every cell with the first row's text and seed")
   args = parser.parse_args(argv)
 
-  # ---- Run and plan
+  # ---- Run, plan and sampler
   run = open_run(args.workdir)
-  defaults = run.config.sample
-  num_steps = defaults.num_steps if args.num_steps is None else args.num_steps
-  guidance = defaults.guidance if args.guidance is None else args.guidance
-  batch_size = defaults.batch_size if args.batch_size is None else args.batch_size
-  if batch_size < 1:
-    raise cli.InputError(f"--batch_size {batch_size} must be at least 1")
+  options = resolve_options(run.config.sample, args)
+  sampler = sampler_from_config(options)
+  table = make_table(sampler, run.model.schedule, options.num_steps)
+  if options.batch_size < 1:
+    raise cli.InputError(f"--batch_size {options.batch_size} must be at least 1")
+  if not 0 <= options.guidance_rescale <= 1:
+    raise cli.InputError(f"--guidance_rescale {options.guidance_rescale:g} must lie in 0 to 1")
   schema = run.model.schema
   rows = read_plan(args.plan, schema)
+  rows = [dataclasses.replace(row, negative=row.negative or options.negative) for row in rows]
   step, params = run.load_params(args.weights, args.step)
-  sampler = make_generate(
+  generate = make_generate(
     run.model,
     run.tokenizer,
     prompt_attributes=tuple(run.config.prompt_attributes),
-    num_steps=num_steps,
-    guidance=guidance,
-    batch_size=batch_size,
+    table=table,
+    guidance=options.guidance,
+    guidance_rescale=options.guidance_rescale,
+    batch_size=options.batch_size,
   )
-  generate = functools.partial(sampler, params)
+  generate = functools.partial(generate, params)
 
   # ---- Images
   settings = {
     "checkpoint_step": step,
     "weights": args.weights,
-    "sampler": "ddim",
-    "steps": num_steps,
-    "guidance": guidance,
+    "sampler": sampler.name,
+    "steps": options.num_steps,
+    "timestep_spacing": sampler.timestep_spacing,
+    "eta": sampler.eta,
+    "karras": sampler.karras,
+    "guidance": options.guidance,
+    "guidance_rescale": options.guidance_rescale,
   }
   progress = None
-  for done in run_job(args.out, rows, schema, generate, settings, batch_size):
+  for done in run_job(args.out, rows, schema, generate, settings, options.batch_size):
     progress = progress or Progress(len(rows), done, "image")
     progress.update(done)
   progress.close()
@@ -63,7 +97,9 @@ def main(argv: list[str]) -> None:
   # ---- Grid
   if args.grid:
     first = rows[0]
-    title = f'"{first.text}"  seed {first.seed}, step {step}, {args.weights}, guidance {guidance:g}'
-    sample_grid(generate, schema, first.text, first.seed, title).save(args.out / "grid.png")
+    title = (
+      f'"{first.text}"  seed {first.seed}, step {step}, {args.weights}, {sampler.name}, guidance {options.guidance:g}'
+    )
+    sample_grid(generate, schema, first.text, first.seed, title, first.negative).save(args.out / "grid.png")
     print(f"grid: {args.out / 'grid.png'}", file=sys.stderr)
   print(f"{len(rows)} images and manifest.csv in {args.out}")

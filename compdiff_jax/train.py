@@ -15,10 +15,12 @@ from compdiff_jax.config import load_config, to_plain
 from compdiff_jax.data.input_pipeline import check_image_size, training_batches
 from compdiff_jax.data.records import RecordSet
 from compdiff_jax.data.tokenizer import load_tokenizer
+from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.metrics import MetricWriter, Progress
 from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.job import make_generate
+from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.training.checks import check_finite, check_intervals, print_summary
 from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -44,6 +46,7 @@ def main(argv: list[str]) -> None:
   if origin:
     config = origin.start(config, schema)
   model = LatentDiffusion.from_config(config, schema)
+  sampler_table = make_table(sampler_from_config(config.sample), model.schedule, config.sample.num_steps)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   optimizer = make_optimizer(config.train)
@@ -100,8 +103,9 @@ def main(argv: list[str]) -> None:
     model,
     tokenizer,
     prompt_attributes=tuple(config.prompt_attributes),
-    num_steps=config.sample.num_steps,
+    table=sampler_table,
     guidance=config.sample.guidance,
+    guidance_rescale=config.sample.guidance_rescale,
     batch_size=config.sample.batch_size,
   )
 
@@ -137,7 +141,8 @@ def main(argv: list[str]) -> None:
 
       if step % config.logging.sample_every == 0:
         draw = functools.partial(generate, {**frozen, **state.ema})
-        picture = sample_grid(draw, schema, config.sample.text, config.seed, f"step {step}: {config.sample.text}")
+        text, negative = config.sample.text, config.sample.negative
+        picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
         (args.workdir / "samples").mkdir(exist_ok=True)
         picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
         clock = time.monotonic()  # drawing is not training time

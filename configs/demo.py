@@ -23,6 +23,7 @@ def get_config():
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 100
   config.train.ema_decay = 0.995
+  config.sample.sampler = "ddim"
   config.sample.num_steps = 20
   config.sample.guidance = 2.0
   config.sample.batch_size = 40

@@ -34,6 +34,7 @@ def get_config():
   config.train.learning_rate = 1e-3
   config.train.warmup_steps = 200
   config.train.ema_decay = 0.999
+  config.sample.sampler = "ddim"
   config.sample.num_steps = 50
   config.sample.guidance = 2.0
   config.sample.batch_size = 24

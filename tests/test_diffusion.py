@@ -1,6 +1,5 @@
 """Noise schedule, objective and guidance against diffusers' schedulers."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -47,10 +47,12 @@ def write(path, text: str):
 
 
 def test_read_plan(tmp_path):
-  text = 'id,text,age,sex,view,seed,extra\na,"Effusion, left.",71.5,female,,4294967295,x\nb,,,male,AP,0,\n'
+  head = "id,text,age,sex,view,seed,negative,extra\n"
+  text = head + 'a,"Effusion, left.",71.5,female,,4294967295,"dark, noisy",x\nb,,,male,AP,0,,\n'
   first, second = read_plan(write(tmp_path / "plan.csv", text), SCHEMA)
   assert first.text == "Effusion, left." and first.seed == 2**32 - 1 and first.row == 0 and first.id == "a"
   assert first.attributes == {"age": 71.5, "sex": 1, "view": -1}
+  assert (first.negative, second.negative) == ("dark, noisy", "")
   assert np.isnan(second.attributes["age"]) and second.attributes["view"] == 1 and second.row == 1
 
 

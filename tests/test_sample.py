@@ -1,5 +1,6 @@
 """`compdiff sample` and `compdiff export` on a run of a few steps."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -8,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compdiff_jax import export, plan, sample
+from compdiff_jax import default_config, export, plan, sample
+from compdiff_jax.diffusion.samplers import Sampler
+from compdiff_jax.sampling.sampler import sampler_from_config
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,41 @@ def test_attributes_change_the_image_and_raw_weights_differ(samples, trained, tm
   assert len(set(hashes)) == 6
 
 
+def test_sampler_and_negative_prompt(trained, tmp_path):
+  """The options of the command, the plan's own negative prompts, and a manifest that tells and repeats them."""
+  (tmp_path / "plan.csv").write_text(
+    "text,age,sex,group,seed,negative\nclear,50,male,A,3,\nclear,50,male,A,3,effusion\n"
+  )
+  options = ["--sampler=euler_ancestral", "--num_steps=3", "--timestep_spacing=trailing", "--guidance=4"]
+
+  def run(name, plan_file, *more):
+    arguments = [f"--workdir={trained}", f"--plan={plan_file}", f"--out={tmp_path / name}", *options, *more]
+    sample.main(arguments)
+    return _manifest(tmp_path / name)
+
+  first = run("first", tmp_path / "plan.csv", "--guidance_rescale=0.5", "--negative=blurred")
+  facts = {
+    "sampler": "euler_ancestral", "steps": "3", "timestep_spacing": "trailing", "eta": "0.0", "karras": "False",
+    "guidance": "4.0", "guidance_rescale": "0.5",
+  }  # fmt: skip
+  assert all(facts.items() <= row.items() for row in first)
+  assert [row["negative"] for row in first] == ["blurred", "effusion"]
+  assert json.loads(Image.open(tmp_path / "first" / "000000.png").text["Generation"])["negative"] == "blurred"
+  again = run("again", tmp_path / "first" / "manifest.csv", "--guidance_rescale=0.5")
+  assert [row["sha256"] for row in again] == [row["sha256"] for row in first]
+  plain = run("plain", tmp_path / "plan.csv")
+  assert len({row["sha256"] for row in [*first, *plain]}) == 4
+
+
+def test_another_sampler_leaves_the_options_of_the_runs(tmp_path):
+  config = default_config.base().sample
+  config.update({"sampler": "dpmpp_2m", "karras": True, "timestep_spacing": "leading", "num_steps": 20})
+  parse = lambda **given: sample.resolve_options(config, argparse.Namespace(**{"sampler": None, **given}))  # noqa: E731
+  assert sampler_from_config(parse()) == Sampler("dpmpp_2m", "leading", karras=True)
+  assert sampler_from_config(parse(sampler="ddim", eta=0.5)) == Sampler("ddim", eta=0.5)
+  assert parse(sampler="ddim", guidance=3.0).num_steps == 20 and config.sampler == "dpmpp_2m"
+
+
 def test_bad_requests_are_refused(samples, trained, workspace, tmp_path, fails):
   _directory, arguments = samples
   assert "another plan, checkpoint or settings" in fails(sample.main, *arguments, "--guidance=1.5")
@@ -89,6 +127,11 @@ def test_bad_requests_are_refused(samples, trained, workspace, tmp_path, fails):
   message = fails(sample.main, base[0], f"--plan={tmp_path / 'bad.csv'}", f"--out={tmp_path / 'c'}")
   assert "bad.csv" in message and "unclear" in message
   assert not (tmp_path / "c").exists()
+  out = f"--out={tmp_path / 'd'}"
+  assert "did you mean 'euler'" in fails(sample.main, *base, out, "--sampler=eular")
+  assert "only ddim has eta" in fails(sample.main, *base, out, "--sampler=euler", "--eta=0.5")
+  assert "steps 0 must lie in 1 to 999" in fails(sample.main, *base, out, "--num_steps=0")
+  assert "--guidance_rescale 2 must lie" in fails(sample.main, *base, out, "--guidance_rescale=2")
 
 
 def test_exported_run_loads_in_diffusers_and_draws(trained, tmp_path, fails):

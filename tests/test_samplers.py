@@ -16,8 +16,8 @@ _OPTIONS = [
   *[Sampler("ddim", spacing, eta=eta) for spacing, eta in (("leading", 1.0), ("trailing", 0.6))],
   *[Sampler(name, karras=True) for name in ("dpmpp_2m", "euler", "unipc")],
 ]
-# Schedules with numbers of steps. From a zero signal-to-noise ratio diffusers' Euler goes down from 4096 times the noise:
-# in one step, only rounding is left of the picture.
+# Schedules with numbers of steps. From a zero signal-to-noise ratio diffusers' Euler comes down from 4096 times the
+# noise: in a single step only rounding is left of the picture.
 _CASES = [
   (NoiseSchedule(), (1, 2, 5, 20)),
   (NoiseSchedule(beta_schedule="linear", beta_end=0.02, steps_offset=0, set_alpha_to_one=True), (1, 5)),
@@ -55,13 +55,13 @@ def test_grids():
 
 def test_a_picture_depends_on_its_seed_alone_and_every_step_draws_anew():
   """The compiled program, with the noise drawn inside."""
-  schedule, sampler, shape = NoiseSchedule(), Sampler("ddpm"), (4, 4, 2)
+  table, shape = samplers.make_table(Sampler("ddpm"), NoiseSchedule(), 4), (4, 4, 2)
 
   @jax.jit
   def run(seeds):
     predict = lambda sample, timesteps: jnp.tanh(sample) + timesteps[:, None, None, None] / 1000  # noqa: E731
     draw = lambda step: trajectory.step_noise(seeds, step, shape)  # noqa: E731
-    return trajectory.sample(predict, trajectory.initial_noise(seeds, shape), draw, schedule, sampler, 4)
+    return trajectory.sample(predict, trajectory.initial_noise(seeds, shape), draw, table)
 
   together, alone = run(jnp.array([1, 7, 2], jnp.uint32)), run(jnp.array([7], jnp.uint32))
   np.testing.assert_array_equal(together[1], alone[0])

@@ -1,6 +1,5 @@
 """A diffusion model in closed form, run by our samplers and by diffusers' schedulers with the same noise."""
 
-import functools
 import importlib
 from typing import Any
 from unittest import mock
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from compdiff_jax.diffusion import trajectory
-from compdiff_jax.diffusion.samplers import Sampler
+from compdiff_jax.diffusion.samplers import Sampler, make_table
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop.schedulers import to_diffusers
 
@@ -35,16 +34,17 @@ def predict(schedule: NoiseSchedule, sample: Any, timesteps: Any) -> np.ndarray:
   return output[schedule.prediction_type].astype(np.float32)
 
 
-@functools.cache
-def draw(step: int) -> jax.Array:
-  """The noise of a step, drawn once for all samplers."""
-  return jax.jit(trajectory.step_noise, static_argnums=2)(SEEDS, step, SHAPE[1:])
+# Fresh noise of each step, [52, *SHAPE].
+FRESH = np.asarray(
+  jax.jit(jax.vmap(lambda step: trajectory.step_noise(SEEDS, step, SHAPE[1:])))(jnp.arange(52))
+)  # fmt: skip
 
 
 def sample_jax(schedule: NoiseSchedule, sampler: Sampler, num_steps: int) -> np.ndarray:
   with jax.disable_jit():  # the closed form is NumPy, and compiling takes longer than the steps
     model = lambda *inputs: jnp.asarray(predict(schedule, *inputs))  # noqa: E731
-    return np.asarray(trajectory.sample(model, NOISE, lambda step: draw(int(step)), schedule, sampler, num_steps))
+    table = make_table(sampler, schedule, num_steps)
+    return np.asarray(trajectory.sample(model, NOISE, lambda step: FRESH[int(step)], table))
 
 
 def sample_torch(schedule: NoiseSchedule, sampler: Sampler, num_steps: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def sample_torch(schedule: NoiseSchedule, sampler: Sampler, num_steps: int) -> n
   for step, timestep in enumerate(scheduler.timesteps):
     scaled = scheduler.scale_model_input(sample, timestep)
     output = predict(schedule, scaled.numpy(), timestep.expand(len(sample)).numpy())
-    noise = torch.from_numpy(np.array(draw(step)))
+    noise = torch.from_numpy(FRESH[step].copy())
     with same_noise(scheduler, lambda: noise):  # noqa: B023
       sample = scheduler.step(torch.from_numpy(output), timestep, sample, **options).prev_sample
   return sample.numpy()

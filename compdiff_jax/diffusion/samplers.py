@@ -10,6 +10,7 @@ what the model takes. k-diffusion and diffusers' Euler classes carry x_t / alpha
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def _ddpm(sampler: Sampler, schedule: NoiseSchedule, num_steps: int) -> Table:
   levels = np.append(schedule.alphas_cumprod[timesteps.astype(int)], 1.0)
   x, output, noise = np.eye(3)
   states = []
-  for bar_t, bar_s in zip(levels[:-1], levels[1:]):  # s is the next, lower time
+  for bar_t, bar_s in itertools.pairwise(levels):  # s is the next, lower time
     x_0, _ = _original_and_noise(schedule, x, output, np.sqrt(bar_t), np.sqrt(1 - bar_t))
     alpha = bar_t / bar_s
     mean = (np.sqrt(bar_s) * (1 - alpha) * x_0 + np.sqrt(alpha) * (1 - bar_s) * x) / (1 - bar_t)

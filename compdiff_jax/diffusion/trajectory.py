@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compdiff_jax.diffusion.guidance import Predict
-from compdiff_jax.diffusion.samplers import Sampler, make_table
-from compdiff_jax.diffusion.schedule import NoiseSchedule
+from compdiff_jax.diffusion.samplers import Table
 
 
 def initial_noise(seeds: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -26,9 +25,7 @@ def sample(
   predict: Predict,
   noise: jax.Array,
   draw: Callable[[jax.Array], jax.Array],
-  schedule: NoiseSchedule,
-  sampler: Sampler,
-  num_steps: int,
+  table: Table,
 ) -> jax.Array:
   """Runs a sampler.
 
@@ -36,14 +33,11 @@ def sample(
     predict: guided model output for (x_t, timesteps float32 [B]).
     noise: standard normal [B, h, w, c]; the trajectory is carried in float32.
     draw: fresh noise [B, h, w, c] of a step; called by the samplers that need it.
-    schedule: noise schedule and prediction type.
-    sampler: which sampler.
-    num_steps: number of steps; that of model calls but for PNDM, which makes one more.
+    table: coefficients of the sampler, `samplers.make_table`.
 
   Returns:
     x_0 [B, h, w, c], in the latent scale of training.
   """
-  table = make_table(sampler, schedule, num_steps)
   random = bool(np.any(table.matrices[..., -1]))
   matrices = jnp.asarray(table.matrices if random else table.matrices[..., :-1], jnp.float32)
   state = jnp.zeros((matrices.shape[1], *noise.shape), jnp.float32).at[0].set(table.initial_scale * noise)

@@ -1,12 +1,12 @@
 """The intersectional grid: one picture of every cell, with the same text and the same noise."""
 
 import textwrap
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.sampling.job import Generate
 
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -55,14 +55,15 @@ def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1
 
 
 def sample_grid(
-  generate: Callable[[Sequence[str], dict[str, np.ndarray], np.ndarray], np.ndarray],
+  generate: Generate,
   schema: Schema,
   text: str,
   seed: int,
   title: str,
+  negative: str = "",
 ) -> Image.Image:
-  """Draws every cell of `schema` from one text and one seed. `generate` is (texts, attributes, seeds) -> images."""
+  """Draws every cell of `schema` from one text and one seed, with the negative prompt `negative`."""
   attributes = grid_attributes(schema)
   count = len(schema.grouping.cells())
-  images = generate([text] * count, attributes, np.full([count], seed, np.uint32))
+  images = generate([text] * count, attributes, np.full([count], seed, np.uint32), [negative] * count)
   return draw_grid(images, schema, title)

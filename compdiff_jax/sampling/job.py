@@ -17,12 +17,13 @@ from compdiff_jax.cli import InputError, writing
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import Tokenizer
+from compdiff_jax.diffusion.samplers import Table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.sampling.plan import PlanRow
 from compdiff_jax.sampling.sampler import make_sampler
 
-# (texts, attributes {name: [n]}, seeds [n]) -> images uint8 [n, S, S, 3]
-Generate = Callable[[Sequence[str], Mapping[str, np.ndarray], np.ndarray], np.ndarray]
+# (texts, attributes {name: [n]}, seeds [n], negative prompts) -> images uint8 [n, S, S, 3]
+Generate = Callable[[Sequence[str], Mapping[str, np.ndarray], np.ndarray, Sequence[str]], np.ndarray]
 
 
 def make_generate(
@@ -30,19 +31,20 @@ def make_generate(
   tokenizer: Tokenizer,
   *,
   prompt_attributes: Sequence[str],
-  num_steps: int,
+  table: Table,
   guidance: float,
+  guidance_rescale: float,
   batch_size: int,
 ) -> Callable[..., np.ndarray]:
-  """Returns (params, texts, attributes, seeds) -> images for any number of rows.
+  """Returns (params, texts, attributes, seeds, negatives) -> images for any number of rows.
 
   Rows are put through the compiled sampler in batches of one padded shape, sharded over all devices.
   """
   mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   batch_size = -(-batch_size // mesh.size) * mesh.size
-  sampler = make_sampler(model, jax.numpy.asarray(tokenizer.empty_ids), num_steps)
+  sampler = make_sampler(model, table, guidance_rescale)
 
-  def generate(params, texts, attributes, seeds):
+  def generate(params, texts, attributes, seeds, negatives):
     images = []
     for start in range(0, len(texts), batch_size):
       # The last batch repeats its last row: one shape, one program.
@@ -53,6 +55,7 @@ def make_generate(
       ]
       rows = (
         tokenizer(prompts),
+        tokenizer([negatives[i] for i in index]),
         {name: np.asarray(values)[index] for name, values in attributes.items()},
         np.asarray(seeds, np.uint32)[index],
       )
@@ -75,11 +78,11 @@ def run_job(
 
   Args:
     out: directory for `000000.png` …, `manifest.csv`, `schema.json` and `job.json`.
-    settings: what every image shares (checkpoint_step, weights, sampler, steps, guidance); stands in the manifest. A
-      directory begun with other settings or another plan is refused.
+    settings: what every image shares (checkpoint_step, weights, sampler and its options, guidance); stands in the
+      manifest. A directory begun with other settings or another plan is refused.
   """
   job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
-  columns = ["file", "sha256", "text", *schema.names, "seed", *settings]
+  columns = ["file", "sha256", "text", *schema.names, "seed", "negative", *settings]
   done = _open_output(out, job, columns, schema)
   yield done
   with (out / "manifest.csv").open("a", newline="") as file:
@@ -87,16 +90,18 @@ def run_job(
     for start in range(done, len(rows), batch_size):
       chunk = rows[start : start + batch_size]
       attributes = {a.name: np.asarray([row.attributes[a.name] for row in chunk], a.dtype) for a in schema}
-      images = generate([row.text for row in chunk], attributes, np.asarray([row.seed for row in chunk], np.uint32))
+      seeds = np.asarray([row.seed for row in chunk], np.uint32)
+      images = generate([row.text for row in chunk], attributes, seeds, [row.negative for row in chunk])
       for index, (row, image) in enumerate(zip(chunk, images), start=start):
         values = {a.name: a.decode(row.attributes[a.name]) for a in schema}
-        data = _encode_png(image, {**settings, "text": row.text, "attributes": values, "seed": row.seed})
+        facts = {"text": row.text, "attributes": values, "seed": row.seed, "negative": row.negative}
+        data = _encode_png(image, {**settings, **facts})
         name = f"{index:06d}.png"
         with writing(out):
           (out / f".{name}").write_bytes(data)
           (out / f".{name}").replace(out / name)
           digest = hashlib.sha256(data).hexdigest()
-          manifest.writerow([name, digest, row.text, *values.values(), row.seed, *settings.values()])
+          manifest.writerow([name, digest, row.text, *values.values(), row.seed, row.negative, *settings.values()])
       file.flush()
       yield start + len(chunk)
 
@@ -105,7 +110,7 @@ def _plan_hash(rows: Sequence[PlanRow], schema: Schema) -> str:
   digest = hashlib.sha256()
   for row in rows:
     values = [schema[name].decode(row.attributes[name]) for name in schema.names]
-    digest.update(json.dumps([row.text, values, row.seed]).encode())
+    digest.update(json.dumps([row.text, values, row.seed, row.negative]).encode())
   return digest.hexdigest()
 
 

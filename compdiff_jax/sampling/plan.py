@@ -26,6 +26,7 @@ class PlanRow:
     seed: 0 .. 2**32 - 1; the same seed and row give the same image.
     row: position in the plan, from 0.
     id: the plan's own name for the row, or "".
+    negative: negative prompt of the row, or "".
   """
 
   text: str
@@ -33,13 +34,15 @@ class PlanRow:
   seed: int
   row: int
   id: str = ""
+  negative: str = ""
 
 
 def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
   """Reads and checks a whole plan; every error is an `InputError` that names file, row and column.
 
-  Columns: `text`, one per attribute (empty = unknown), optionally `seed` (default: the position of the row) and `id`
-  (unique). Other columns are ignored, so a manifest is a plan too. Rows are counted as in a spreadsheet.
+  Columns: `text`, one per attribute (empty = unknown), optionally `seed` (default: the position of the row), `id`
+  (unique) and `negative` (a negative prompt). Other columns are ignored, so a manifest is a plan too. Rows are counted
+  as in a spreadsheet.
   """
   header, table = read_csv(path)
   for name in ("text", *schema.names):
@@ -57,7 +60,7 @@ def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
     ids[name] = index + FIRST_ROW
     attributes = {a.name: _encode(a, fields[a.name], place) for a in schema}
     seed = _seed(fields["seed"], place) if "seed" in fields else index
-    rows.append(PlanRow(fields["text"], attributes, seed, index, name))
+    rows.append(PlanRow(fields["text"], attributes, seed, index, name, fields.get("negative", "")))
   return rows
 
 
@@ -79,16 +82,17 @@ def write_plan(path: str | Path, rows: Sequence[PlanRow], schema: Schema) -> Non
   path = Path(path)
   if path.exists():
     raise InputError(f"{path} exists; give a new file name or remove it first")
-  named = any(row.id for row in rows)
+  named, negative = any(row.id for row in rows), any(row.negative for row in rows)
   temporary = path.with_name(f".{path.name}.partial")
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary.open("w", newline="", encoding="utf-8") as file:
       writer = csv.writer(file, lineterminator="\n")
-      writer.writerow([*(["id"] if named else []), "text", *schema.names, "seed"])
+      writer.writerow([*(["id"] if named else []), "text", *schema.names, "seed", *(["negative"] if negative else [])])
       for row in rows:
         values = [a.decode(row.attributes[a.name]) for a in schema]
-        writer.writerow([*([row.id] if named else []), row.text, *values, row.seed])
+        optional = [row.negative] if negative else []
+        writer.writerow([*([row.id] if named else []), row.text, *values, row.seed, *optional])
     temporary.replace(path)
 
 

@@ -1,0 +1,28 @@
+"""torch's pipeline and our sampler draw the same picture, whatever the sampler."""
+
+import numpy as np
+import pytest
+
+from tests import same_picture
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  return same_picture.Pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize("case", same_picture.CASES, ids=lambda case: same_picture.describe(*case))
+def test_same_picture(case, pictures):
+  """Guidance and a negative prompt; one picture with all attributes set, one with one unknown, one with all unknown."""
+  (latents, pixels), (their_latents, their_pixels) = pictures.jax(*case), pictures.torch(*case)
+  assert np.isfinite(latents).all() and pixels.std() > 5
+  np.testing.assert_allclose(latents, their_latents, atol=1e-3, rtol=0)
+  np.testing.assert_allclose(pixels, their_pixels, atol=2, rtol=0)
+
+
+def test_samplers_differ(pictures):
+  """So that the comparison above could fail."""
+  latents = [pictures.jax(*case)[0] for case in same_picture.CASES]
+  for i, first in enumerate(latents):
+    for second in latents[:i]:
+      assert np.abs(first - second).max() > 0.01
