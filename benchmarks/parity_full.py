@@ -25,7 +25,8 @@ Written by `make parity-full` (`python -m benchmarks.parity_full`); small config
 [parity.md](parity.md). {machine}
 
 The networks of Stable Diffusion 2.1 in float32, with random weights as torch draws them: one image of 512×512 pixels,
-64×64 latents, 81 context tokens. Times are of one call; JAX's compilation is apart. Both use all cores.
+64×64 latents, 81 context tokens. Times are of one call, with all cores; JAX's compilation is apart. Other programs that
+run at the same time lengthen them.
 
 {table}
 """

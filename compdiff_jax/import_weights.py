@@ -20,12 +20,14 @@ from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.tokenizer import load_tokenizer
+from compdiff_jax.diffusion.samplers import Sampler
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop import weights
 from compdiff_jax.interop.schedulers import from_diffusers
 from compdiff_jax.interop.sources import Source, open_source
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.models.functional import Functional
+from compdiff_jax.sampling.sampler import sampler_to_config
 from compdiff_jax.workdir import SOURCE_FILE, WORKDIR, content_hash, description, located, write_json
 
 # The networks that are copied as they are. Whether training changes the text encoder is for its config to say.
@@ -64,14 +66,14 @@ def main(argv: list[str]) -> None:
     schema=Schema.load(args.schema) if args.schema else None,
     allow_pickle=args.allow_pickle,
   )
-  schedule, _ = from_diffusers(source.scheduler, str(source.scheduler_file))
+  schedule, sampler = from_diffusers(source.scheduler, str(source.scheduler_file))
   tokenizer = load_tokenizer(source.tokenizer)
   if tokenizer.vocab_size > source.text_config.vocab_size:
     raise InputError(
       f"{source.tokenizer} has {tokenizer.vocab_size} tokens and the text encoder {source.text_config.vocab_size}; give"
       " the tokenizer of this model"
     )
-  config = _config(source, schedule)
+  config = _config(source, schedule, sampler)
   with cli.whole_directory(args.workdir) as directory, cli.writing(args.workdir):
     network_configs = {"vae": source.vae_config.to_dict(), "text_encoder": source.text_config.to_dict()}
     for name, class_name in _FROZEN.items():
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> None:
   print(f"{source.kind}{step} in {args.workdir}; conditioner: {source.conditioner_config.kind}")
 
 
-def _config(source: Source, schedule: NoiseSchedule) -> ml_collections.ConfigDict:
+def _config(source: Source, schedule: NoiseSchedule, sampler: Sampler) -> ml_collections.ConfigDict:
   """The config of the run: the sections that sampling, export and a later training read."""
   side = source.unet_config.sample_size
   if not isinstance(side, int):
@@ -112,6 +114,7 @@ def _config(source: Source, schedule: NoiseSchedule) -> ml_collections.ConfigDic
   config.weights.update({name: f"{WORKDIR}/{name}" for name in (*_FROZEN, "tokenizer")})
   config.unet = ml_collections.ConfigDict(source.unet_config.to_dict())
   config.scheduler = ml_collections.ConfigDict(schedule.to_dict())
+  config.sample.update(sampler_to_config(sampler))
   config.conditioner = ml_collections.ConfigDict(source.conditioner_config.to_dict())
   return config
 

@@ -63,7 +63,7 @@ def test_stable_diffusion(tmp_path, tokenizer, dtype, saving, options):
   assert step == 0 and set(params) == set(models)
   for name, model in models.items():
     toy_models.assert_params(params[name], model.state_dict())
-  assert run.model.schedule.prediction_type == "v_prediction"
+  assert run.model.schedule.prediction_type == "v_prediction" and run.config.sample.sampler == "pndm"
   assert (run.model.image_size, run.model.schema.names) == (32, ())
 
 

@@ -1,6 +1,8 @@
 """One compiled program from prompts, attributes and seeds to images: guidance, sampler and VAE decoding together."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import ml_collections
@@ -14,6 +16,12 @@ from compdiff_jax.latent_diffusion import LatentDiffusion, Params
 def sampler_from_config(options: ml_collections.ConfigDict) -> Sampler:
   """The sampler that `config.sample` describes."""
   return Sampler(options.sampler, options.timestep_spacing, options.eta, options.karras)
+
+
+def sampler_to_config(sampler: Sampler) -> dict[str, Any]:
+  """The inverse: entries of `config.sample`."""
+  options = dataclasses.asdict(sampler)
+  return {"sampler": options.pop("name"), **options}
 
 
 def make_sampler(model: LatentDiffusion, table: Table, guidance_rescale: float) -> Callable[..., jax.Array]:
