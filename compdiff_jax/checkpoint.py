@@ -1,6 +1,7 @@
-"""All Orbax calls: asynchronous checkpoints of the training state together with the position in the data.
+"""All Orbax calls: asynchronous checkpoints of the training state.
 
-On disk: `<directory>/<step>/{params, ema, optimizer, data}/`. A checkpoint appears under its step only once it is
+On disk: `<directory>/<step>/{params, ema, optimizer}/`. The position in the data is the step (`data.order`), so a run
+continues on any number of hosts. A checkpoint appears under its step only once it is
 complete; one that was cut short is never picked up.
 """
 
@@ -44,7 +45,7 @@ class Checkpoints:
     return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
   def save(self, step: int, parts: dict[str, Any]) -> None:
-    """Starts writing `parts` (pytrees of arrays, or a Grain iterator) and returns; the previous write is awaited."""
+    """Starts writing `parts` (pytrees of arrays) and returns; the previous write is awaited."""
     self._checkpointer.wait()
     largest = max((getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(parts)), default=0)
     context = ocp.Context()
@@ -56,7 +57,7 @@ class Checkpoints:
     """Loads the named parts of a step (default: the latest) into the given shapes and shardings.
 
     Args:
-      parts: for each part an abstract pytree (`ShapeDtypeStruct` with sharding) or a Grain iterator to set.
+      parts: for each part an abstract pytree (`ShapeDtypeStruct` with sharding).
       step: which checkpoint.
 
     Returns:

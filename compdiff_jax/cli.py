@@ -6,11 +6,14 @@ Exit status 0: success. 2: bad argument or bad input, said in one line on stderr
 import argparse
 import contextlib
 import difflib
+import fcntl
+import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class InputError(Exception):
@@ -80,6 +83,13 @@ def writing(path: str | Path):
     raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def write_whole(path: Path, text: str) -> None:
+  """Writes a small file under a temporary name and renames it."""
+  temporary = path.with_name(f".{path.name}.part")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
 @contextlib.contextmanager
 def whole_directory(path: str | Path):
   """A temporary sibling directory that becomes `path` when the block succeeds and vanishes when it fails.
@@ -105,3 +115,51 @@ def whole_directory(path: str | Path):
       with contextlib.suppress(OSError):
         path.rmdir()
     raise
+
+
+@contextlib.contextmanager
+def resumable_directory(path: str | Path, job: Mapping[str, Any]):
+  """Like `whole_directory`, but what a killed run has finished is there again for the next run of the same job.
+
+  Yields two directories below the sibling `.NAME.unfinished`: one that becomes `path`, and one for notes about what is
+  finished. Files in them must be whole or not there. They are kept when the run is killed, interrupted, or cannot write
+  (disk full), and continued by a run whose `job`, which names everything that decides the result, is the same. Other
+  failures and other jobs discard them. One process at a time owns them.
+  """
+  path = Path(path)
+  existed = path.exists()
+  new_directory(path)
+  place = path.absolute().parent / f".{path.name}.unfinished"
+  directory, notes, description = place / "files", place / "notes", json.dumps(dict(job), sort_keys=True)
+  with writing(path):
+    place.mkdir(exist_ok=True)
+    lock = open(place / "lock", "w")  # noqa: SIM115 (held until the end)
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    lock.close()
+    raise InputError(f"another process is writing {path}; wait for it or end it") from None
+  try:
+    with writing(path):
+      owner = place / "job.json"
+      if not owner.exists() or owner.read_text() != description:
+        owner.unlink(missing_ok=True)
+        for stale in (directory, notes):
+          shutil.rmtree(stale, ignore_errors=True)
+        owner.write_text(description)
+      directory.mkdir(exist_ok=True)
+      notes.mkdir(exist_ok=True)
+      directory.chmod(path.stat().st_mode & 0o777)
+    yield directory, notes
+    with writing(path):
+      directory.replace(path)
+    shutil.rmtree(place, ignore_errors=True)
+  except BaseException as error:
+    if isinstance(error, Exception) and not isinstance(error.__cause__, OSError):
+      shutil.rmtree(place, ignore_errors=True)
+    if not existed:
+      with contextlib.suppress(OSError):
+        path.rmdir()
+    raise
+  finally:
+    lock.close()

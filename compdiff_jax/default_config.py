@@ -24,7 +24,17 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
   config.seed = 42
   config.compute_dtype = "float32"  # "bfloat16" on TPU and GPU; parameters, optimizer, EMA and losses stay float32
 
-  config.data = ml_collections.ConfigDict({"path": "", "image_size": 512})
+  config.data = ml_collections.ConfigDict(
+    {
+      "path": "",  # a data set of images, or of moments (data_prep.encode_latents)
+      "image_size": 512,
+      "mix": (),  # more data sets: (path, weight), drawn `weight` times as often as `path`
+      "balance": (),  # attributes whose cells are drawn in balance: a record of a cell of n has the weight n^-tau
+      "balance_tau": 0.5,  # 0: as the data are; 1: all cells equally often
+      "threads": 2,  # that decode images; 0: nothing is read ahead
+      "workers": 0,  # processes that make batches; for hosts on which Python threads are too slow
+    }
+  )
   # Attributes written in front of the clinical text ("54 year old. …"); HCN v1 without age names ("age",).
   config.prompt_attributes = ()
 

@@ -169,9 +169,13 @@ class LatentDiffusion:
         params[name] = component.init(jax.random.fold_in(key, COMPONENTS.index(name)))
     return params
 
-  def encode(self, params: Params, images: jax.Array, noise: jax.Array) -> jax.Array:
-    """A posterior sample, scaled for diffusion: images [B, H, W, 3] in [-1, 1], noise [B, h, w, c] -> [B, h, w, c]."""
-    moments = self.vae(params["vae"], images, method="encode").astype(jnp.float32)
+  def moments(self, params: Params, images: jax.Array) -> jax.Array:
+    """The VAE's posterior, mean and log-variance: images uint8 [B, H, W, 3] -> [B, h, w, 2c]."""
+    return self.vae(params["vae"], images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+
+  def latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
+    """A posterior sample, scaled for diffusion: moments [B, h, w, 2c], noise [B, h, w, c] -> float32 [B, h, w, c]."""
+    moments = moments.astype(jnp.float32)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     return (mean + jnp.exp(0.5 * log_variance) * noise) * self.vae_config.scaling_factor
 

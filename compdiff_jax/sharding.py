@@ -40,6 +40,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+  """The rows of a global batch that this host's devices hold, in rising order; the hosts together hold every row."""
+  places = sharding.addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places]))
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Every device must get the same number of rows in every micro-batch."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation

@@ -12,8 +12,7 @@ import numpy as np
 from compdiff_jax import cli, sharding
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
-from compdiff_jax.data.input_pipeline import check_image_size, training_batches
-from compdiff_jax.data.records import RecordSet
+from compdiff_jax.data.input_pipeline import check_vae, device_batches, open_training_sets, training_batches
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
@@ -39,9 +38,8 @@ def main(argv: list[str]) -> None:
 
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
-  record_set = RecordSet(config.data.path)
-  check_image_size(config.data.image_size, record_set, "train")
-  schema = record_set.schema
+  sets = open_training_sets(config.data)
+  schema = sets[0][0].schema
   origin = open_run(config.init) if config.init else None
   if origin:
     config = origin.start(config, schema)
@@ -68,23 +66,16 @@ def main(argv: list[str]) -> None:
       f" {model.text_config.vocab_size}; set it to at least {tokenizer.vocab_size}"
     )
   frozen = model.load_frozen(config.weights)
-  claim(args.workdir, config, schema, {name: content_hash(params) for name, params in frozen.items()})
+  hashes = {name: content_hash(params) for name, params in frozen.items()}
+  check_vae(sets, hashes["vae"], config.weights.vae)
+  claim(args.workdir, config, schema, hashes)
   frozen = jax.device_put(frozen, sharding.replicated(mesh))
-  batches = training_batches(
-    record_set,
-    "train",
-    batch_size=config.train.batch_size,
-    image_size=config.data.image_size,
-    seed=config.seed,
-    tokenizer=tokenizer,
-    prompt_attributes=tuple(config.prompt_attributes),
-  )
 
   # ---- State: the latest checkpoint of this workdir, else pretrained weights, else random
   checkpoints = Checkpoints(args.workdir / "checkpoints", config.logging.keep_checkpoints)
   if checkpoints.steps:
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    start, parts = checkpoints.restore({**target.parts(), "data": batches})
+    start, parts = checkpoints.restore(target.parts())
     state = TrainState.from_parts(parts)
   else:
     start = 0
@@ -92,7 +83,24 @@ def main(argv: list[str]) -> None:
     params = model.initial_params(jax.random.key(config.seed), config.weights, given)
     state = jax.jit(create, out_shardings=shardings)(params)
 
-  # ---- The step
+  # ---- Batches from this step on, and the step
+  placement = sharding.batch_sharding(mesh)
+  batches = training_batches(
+    sets,
+    "train",
+    batch_size=config.train.batch_size,
+    image_size=config.data.image_size,
+    seed=config.seed,
+    tokenizer=tokenizer,
+    prompt_attributes=tuple(config.prompt_attributes),
+    balance=config.data.balance,
+    balance_tau=config.data.balance_tau,
+    rows=sharding.local_rows(placement, config.train.batch_size),
+    first_step=start,
+    threads=config.data.threads,
+    workers=config.data.workers,
+  )
+  batches = device_batches(batches, placement, config.train.batch_size)
   step_fn = jax.jit(
     make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness),
     donate_argnums=0,
@@ -118,7 +126,6 @@ def main(argv: list[str]) -> None:
       waiting = time.monotonic()
       batch = next(batches)
       data_wait += time.monotonic() - waiting
-      batch = jax.device_put(batch, sharding.batch_sharding(mesh))
       state, metrics = step_fn(state, frozen, batch)
       if fairness is not None and fairness.due(step - 1):
         state = state._replace(fairness=fairness.search(state.fairness, step - 1))
@@ -148,7 +155,7 @@ def main(argv: list[str]) -> None:
         clock = time.monotonic()  # drawing is not training time
 
       if step % config.logging.checkpoint_every == 0 or step == config.train.steps:
-        checkpoints.save(step, {**state.parts(), "data": batches})
+        checkpoints.save(step, state.parts())
   finally:
     checkpoints.close()
     writer.close()

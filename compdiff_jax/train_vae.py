@@ -20,7 +20,7 @@ from PIL import Image
 
 from compdiff_jax import cli, sharding
 from compdiff_jax.config import load_config
-from compdiff_jax.data.input_pipeline import check_image_size, training_batches
+from compdiff_jax.data.input_pipeline import check_image_size, device_batches, training_batches
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.interop.weights import load_component, read_config, save_component
 from compdiff_jax.metrics import Progress
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
 
   # ---- Data and network
   record_set = RecordSet(config.data.path)
+  if record_set.latents is not None:
+    raise cli.InputError(f"{record_set.path} holds moments; train-vae needs the data set of images they were made from")
   check_image_size(config.data.image_size, record_set, "train")
   fields = read_config(settings.init, "AutoencoderKL") if settings.init else config.vae.to_dict()
   vae_config = VAEConfig.from_dict(fields)
@@ -49,8 +51,15 @@ def main(argv: list[str]) -> None:
   sharding.check_batch(settings.batch_size, 1, mesh)
   out = cli.new_directory(args.out)
   batches = training_batches(
-    record_set, "train", batch_size=settings.batch_size, image_size=config.data.image_size, seed=config.seed
+    [(record_set, 1.0)],
+    "train",
+    batch_size=settings.batch_size,
+    image_size=config.data.image_size,
+    seed=config.seed,
+    threads=config.data.threads,
+    workers=config.data.workers,
   )
+  batches = device_batches(batches, sharding.batch_sharding(mesh), settings.batch_size)
   key = jax.random.key(config.seed)
   params = load_component(settings.init, vae) if settings.init else vae.init(key)
   optimizer = optax.chain(
@@ -79,8 +88,7 @@ def main(argv: list[str]) -> None:
   step_fn = jax.jit(step_fn, donate_argnums=0)
   progress = Progress(settings.steps, 0, "step")
   for step in range(1, settings.steps + 1):
-    images = jax.device_put(next(batches)["images"], sharding.batch_sharding(mesh))
-    state, metrics = step_fn(state, images, step)
+    state, metrics = step_fn(state, next(batches)["images"], step)
     if step % 100 == 0 or step == settings.steps:
       values = {name: float(value) for name, value in metrics.items()}
       if not all(map(math.isfinite, values.values())):

@@ -35,8 +35,8 @@ SOURCE_FILE = "source.json"
 # Sections without which a config.json is not that of a run.
 _SECTIONS = ("data", "weights", "scheduler", "conditioner", "sample")
 
-# These keys say how a run reports, not what it computes; they may change when it is resumed.
-_REPORTING = ("logging.", "sample.")
+# These keys say how a run reads and reports, not what it computes; they may change when it is resumed.
+_REPORTING = ("logging.", "sample.", "data.threads", "data.workers")
 
 
 def content_hash(params: Mapping[str, Any]) -> str:

@@ -1,20 +1,34 @@
-"""Records and the Grain pipeline: every record once an epoch, another order each epoch, exact resume."""
+"""Records and the Grain pipeline: order, hosts, resuming, mixing, balance and prefetch, by brute force."""
 
+import ast
 import io
+import json
+import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 
+import ml_collections
 import numpy as np
 import pytest
 from PIL import Image
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
-from compdiff_jax.data.input_pipeline import training_batches
+from compdiff_jax.data.input_pipeline import device_batches, open_training_sets, training_batches
+from compdiff_jax.data.order import balanced_groups
 from compdiff_jax.data.prompts import format_prompt
-from compdiff_jax.data.records import RecordSet, decode_image, write_description, write_split
+from compdiff_jax.data.records import (
+  ExampleParser,
+  RecordSet,
+  decode_image,
+  features,
+  write_description,
+  write_split,
+)
+from compdiff_jax.sharding import batch_sharding, local_rows, make_mesh
 
 _SCHEMA = Schema(
   (
@@ -25,30 +39,44 @@ _SCHEMA = Schema(
 _COUNT = 21
 
 
-def _png(value, size=8):
+def _png(value):
+  return _draw(value, 8)
+
+
+def _draw(value, size):
   buffer = io.BytesIO()
   Image.fromarray(np.full([size, size], value, np.uint8)).save(buffer, "PNG")
   return buffer.getvalue()
 
 
-@pytest.fixture
-def record_set(tmp_path):
-  """Images whose grey value is their index; three shards."""
+def _write(directory, count=_COUNT, first=0, num_shards=3, sexes=(-1, 0, 1)):
+  """Images whose grey value is their index from `first` on."""
   records = [
     {
       "key": f"k{i}",
       "patient": f"p{i}",
-      "image": _png(i),
+      "image": _png(first + i),
       "text": f"text {i}",
-      "attributes": {"age": float("nan") if i == 3 else float(i), "sex": i % 3 - 1},
+      "attributes": {"age": float("nan") if i == 3 else float(i), "sex": sexes[i % len(sexes)]},
       "findings": '{"effusion": "positive"}',
       "factors": "{}",
     }
-    for i in range(_COUNT)
+    for i in range(count)
   ]
-  splits = [write_split(tmp_path, "tiny", "train", _SCHEMA, records, num_shards=3)]
-  write_description(tmp_path, "tiny", _SCHEMA, splits, "a tiny set")
-  return RecordSet(tmp_path)
+  directory.mkdir(exist_ok=True)
+  splits = [write_split(directory, "tiny", "train", _SCHEMA, records, num_shards)]
+  write_description(directory, "tiny", _SCHEMA, splits, "a tiny set")
+  return RecordSet(directory)
+
+
+@pytest.fixture
+def record_set(tmp_path):
+  return _write(tmp_path)
+
+
+def _batches(sets, split="train", **options):
+  sets = sets if isinstance(sets, list) else [(sets, 1.0)]
+  return iter(training_batches(sets, split, **{"image_size": 8, "seed": 0, **options}))
 
 
 def _order(batches, count):
@@ -75,28 +103,177 @@ def test_tfds_reads_the_directory_by_itself(record_set):
   assert len(source) == _COUNT and source[5]["key"] == b"k5"
 
 
+def test_parser_gives_what_tfds_gives(record_set):
+  """The fast path of reading, against TFDS's own parser, for an image record and a latent record."""
+  rng = np.random.default_rng(0)
+  common = {"key": "ü", "patient": "", "text": "Höhe\n", "findings": '{"a": "positive"}', "factors": "{}"}
+  common["attributes"] = {"age": float("nan"), "sex": -1}
+  pictures = {"image": b"\0\xff"}, {"moments": rng.bytes(64), "input_ids": rng.integers(0, 49408, 77, np.int32)}
+  for latents, picture in enumerate(pictures):
+    description = features(_SCHEMA, bool(latents))
+    data = description.serialize_example(description.encode_example({**common, **picture}))
+    ours, theirs = ExampleParser(description)(data), description.deserialize_example_np(data)
+    assert ours.keys() == theirs.keys()
+    assert ours["key"] == theirs["key"].decode() == "ü" and ours["findings"] == json.loads(theirs["findings"])
+    for name in ("attributes", *picture):
+      np.testing.assert_equal(ours[name], theirs[name])
+
+
 def test_every_epoch_holds_every_record_in_an_order_of_its_own(record_set):
-  draw = lambda seed: _order(training_batches(record_set, "train", batch_size=7, image_size=8, seed=seed), 6)  # noqa: E731
+  draw = lambda seed: _order(_batches(record_set, batch_size=7, seed=seed), 6)  # noqa: E731
   order = draw(seed=1)
   first, second = order[:_COUNT], order[_COUNT:]
   assert sorted(first) == sorted(second) == list(range(_COUNT))
   assert first != second != list(range(_COUNT))
   assert draw(seed=1) == order != draw(seed=2)
+  assert draw(seed=2)[:_COUNT] != second  # a seed is not another seed's later epoch
 
 
-def test_iterator_state_resumes_exactly_and_batches_cross_epochs(record_set):
-  make = lambda: training_batches(record_set, "train", batch_size=4, image_size=8, seed=0)  # noqa: E731
-  whole = _order(make(), 12)
-  batches = make()
-  assert _order(batches, 5) == whole[:20]
-  state = batches.get_state()
-  resumed = make()
-  resumed.set_state(state)
-  assert _order(resumed, 7) == whole[20:]
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("first_step", [0, 5])
+def test_hosts_share_the_batches_of_one_host_from_any_step(record_set, hosts, first_step):
+  whole = np.reshape(_order(_batches(record_set, batch_size=8), 12), [12, 8])
+  steps = 12 - first_step
+  parts = [
+    np.reshape(_order(_batches(record_set, batch_size=8, rows=rows, first_step=first_step), steps), [steps, -1])
+    for rows in np.split(np.arange(8), hosts)
+  ]
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole[first_step:])
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 4}, {"workers": 2}])
+def test_threads_and_worker_processes_do_not_change_the_batches(record_set, options):
+  expected = _order(_batches(record_set, batch_size=4, threads=1), 6)
+  batches = _batches(record_set, batch_size=4, **options)
+  assert _order(batches, 6) == expected
+  batches.close()
+
+
+def test_sets_are_mixed_in_their_proportions(tmp_path):
+  sets = [(_write(tmp_path / "a"), 1.0), (_write(tmp_path / "b", 10, first=100, num_shards=1), 0.25)]
+  draws = np.array(_order(_batches(sets, batch_size=50), 20))
+  assert np.mean(draws >= 100) == pytest.approx(0.2, abs=0.002)
+  for stretch in draws.reshape(10, 100):  # in every stretch, not only on average
+    assert 19 <= np.sum(stretch >= 100) <= 21
+  assert set(draws) == {*range(_COUNT), *range(100, 110)}
+  own = draws[draws >= 100]
+  for start in range(0, len(own) // 10 * 10, 10):  # the epochs of a set are its own
+    assert sorted(own[start : start + 10]) == list(range(100, 110))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0])
+def test_cells_are_drawn_as_n_to_the_minus_tau(tmp_path, tau):
+  records = _write(tmp_path, 24, sexes=(0, 0, 0, 0, 1, -1))  # 16 male, 4 female, 4 unknown
+  draws = np.array(_order(_batches(records, batch_size=60, balance=("sex",), balance_tau=tau), 20))
+  sex = records.attributes("train")["sex"][draws]
+  weight = {0: 16.0**-tau, 1: 4.0**-tau, -1: 4.0**-tau}
+  total = 16 * weight[0] + 4 * weight[1] + 4 * weight[-1]
+  for value, count in ((0, 16), (1, 4), (-1, 4)):
+    expected = count * weight[value] / total
+    assert np.mean(sex == value) == pytest.approx(expected, abs=0.005)
+    shares = np.bincount(draws[sex == value], minlength=24)
+    assert (
+      np.count_nonzero(shares) == count and np.ptp(shares[shares > 0]) <= 1
+    )  # inside a cell every record equally often
+
+
+def test_cells_of_several_attributes_cross(tmp_path):
+  columns = {"age": np.array([5, 5, 30, 30, np.nan, 5], np.float32), "sex": np.array([0, 1, 0, 0, 1, 0], np.int32)}
+  groups = balanced_groups(columns, _SCHEMA, ("age", "sex"), 1.0)
+  assert sorted(group.numbers.tolist() for group in groups) == [[0, 5], [1], [2, 3], [4]]
+  assert [group.weight for group in groups] == [0.25] * 4
+
+
+def test_attribute_columns_are_those_of_the_records(record_set):
+  source, columns = record_set.split("train"), record_set.attributes("train")
+  for name, values in columns.items():
+    np.testing.assert_equal(values, np.array([source[i]["attributes"][name] for i in range(_COUNT)], values.dtype))
+  (record_set.path / "attributes-train.npz").write_bytes(b"")
+  with pytest.raises(InputError, match=r"attributes-train\.npz cannot be read"):
+    record_set.attributes("train")
+
+
+@pytest.mark.parametrize(
+  ("data", "words"),
+  [
+    ({"mix": ("b",)}, "not \\(path, weight\\)"),
+    ({"mix": (("b", 0.0),)}, "weight above 0"),
+    ({"mix": (("nowhere", 1.0),)}, "nowhere is not a prepared data set"),
+    ({"mix": (("other", 1.0),)}, "other attributes"),
+    ({"mix": (("small", 1.0),)}, "prepare larger"),
+  ],
+)
+def test_sets_that_do_not_fit_are_refused(tmp_path, monkeypatch, data, words):
+  monkeypatch.chdir(tmp_path)
+  for name in ("a", "b", "other", "small"):
+    _write(tmp_path / name)
+  Schema(_SCHEMA.attributes[:1]).save(tmp_path / "other" / "schema.json")
+  shutil.rmtree(tmp_path / "small")
+  monkeypatch.setattr(sys.modules[__name__], "_png", lambda value: _draw(value, 4))
+  _write(tmp_path / "small")
+  with pytest.raises(InputError, match=words):
+    open_training_sets(ml_collections.ConfigDict({"path": "a", "image_size": 8, "mix": (), **data}))
+
+
+def test_device_batches_are_the_host_batches_on_every_mesh(record_set):
+  expected = _order(_batches(record_set, batch_size=8), 5)
+  for sizes in ({"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    placement = batch_sharding(make_mesh(sizes))
+    rows = local_rows(placement, 8)
+    batches = device_batches(
+      training_batches([(record_set, 1.0)], "train", batch_size=8, image_size=8, seed=0, rows=rows), placement, 8
+    )
+    first = next(batches)
+    assert first["images"].sharding == placement == first["attributes"]["sex"].sharding
+    order = [int(v) for v in first["images"][:, 0, 0, 0]] + [
+      int(v) for _ in range(4) for v in next(batches)["images"][:, 0, 0, 0]
+    ]
+    assert order == expected
+
+
+_HOST = """
+import sys, jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from compdiff_jax.data.input_pipeline import device_batches, training_batches
+from compdiff_jax.data.records import RecordSet
+from compdiff_jax.sharding import batch_sharding, local_rows, make_mesh
+placement = batch_sharding(make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[::-1]))
+rows = local_rows(placement, 8)
+batches = training_batches(
+  [(RecordSet(sys.argv[3]), 1.0)], "train", batch_size=8, image_size=8, seed=0, rows=rows, first_step=3
+)
+batches = device_batches(batches, placement, 8)
+for _ in range(3):
+  images = next(batches)["images"]
+  assert images.shape == (8, 8, 8, 3)
+  shards = ((s.index[0].start, *np.asarray(s.data)[:, 0, 0, 0].tolist()) for s in images.addressable_shards)
+  print(*shards, sep=";")
+"""
+
+
+def test_two_processes_make_the_global_batches_of_one(record_set):
+  """Two hosts of two devices, in an order of devices that is not that of the hosts."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    address = f"localhost:{probe.getsockname()[1]}"
+  env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", _HOST, address, str(i), str(record_set.path)], env=env, stdout=-1, stderr=-1, text=True
+    )
+    for i in range(2)
+  ]
+  results = [process.communicate(timeout=120) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], results
+  expected = np.reshape(_order(_batches(record_set, batch_size=8), 6), [6, 4, 2])[3:]
+  lines = [output.splitlines()[-3:] for output, _ in results]
+  for step in range(3):
+    shards = sorted(ast.literal_eval(shard) for host in lines for shard in host[step].split(";"))
+    assert shards == [(2 * i, *expected[step, i]) for i in range(4)]
 
 
 def test_batches_have_the_promised_types(record_set):
-  batch = next(training_batches(record_set, "train", batch_size=4, image_size=4, seed=0))
+  batch = next(_batches(record_set, batch_size=4, image_size=4))
   assert batch["images"].shape == (4, 4, 4, 3) and batch["images"].dtype == np.uint8
   assert batch["attributes"]["age"].dtype == np.float32 and batch["attributes"]["sex"].dtype == np.int32
 

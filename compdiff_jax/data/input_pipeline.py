@@ -1,28 +1,79 @@
-"""The Grain pipeline: records to batches of NumPy arrays. The order is a pure function of (seed, epoch)."""
+"""The Grain pipeline: records to batches, on the host or on the devices. Nothing here needs TensorFlow."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grain
+import jax
+import ml_collections
+import ml_dtypes
 import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
 
 from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.data.order import BatchNumbers, Group, RecordOrder, balanced_groups
 from compdiff_jax.data.prompts import format_prompt
-from compdiff_jax.data.records import RecordSet, decode_image
+from compdiff_jax.data.records import RecordSet, RecordSource, decode_image
 from compdiff_jax.data.tokenizer import Tokenizer
+from compdiff_jax.sharding import local_rows
 
-# Grain's own threads decode ahead of the step; a batch in flight hides decoding without holding much memory.
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
+# Batches that wait on the host and on the devices: enough to hide reading behind the step.
+_PREFETCH = 2
 
 
-def check_image_size(image_size: int, record_set: RecordSet, split: str) -> None:
+def open_training_sets(data: ml_collections.ConfigDict) -> list[tuple[RecordSet, float]]:
+  """The data sets of `config.data` with their weights: `path` (weight 1), then `mix`. They must fit together."""
+  sets = [(RecordSet(data.path), 1.0)]
+  for entry in data.mix:
+    if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[0], str) or not entry[1] > 0:
+      raise InputError(f"config.data.mix: {entry!r} is not (path, weight) with a weight above 0")
+    sets.append((RecordSet(entry[0]), float(entry[1])))
+  first = sets[0][0]
+  for other, _ in sets[1:]:
+    if other.schema != first.schema:
+      raise InputError(
+        f"config.data.mix: {other.path} has other attributes than {first.path}; prepare it with the same"
+      )
+    if other.latents != first.latents:
+      raise InputError(
+        f"config.data.mix: {other.path} and {first.path} must both hold images, or moments of one VAE, one size, one"
+        " tokenizer and the same prompt attributes"
+      )
+  for records, _ in sets:
+    check_image_size(data.image_size, records, "train")
+  return sets
+
+
+def check_vae(sets: Sequence[tuple[RecordSet, float]], vae_hash: str, vae_path: str) -> None:
+  """Moments serve only the VAE that made them."""
+  for records, _ in sets:
+    if records.latents is not None and records.latents["vae"] != vae_hash:
+      raise InputError(
+        f"{records.path} holds moments of another VAE than {vae_path} (content hash differs); set weights.vae to that"
+        " one or encode again"
+      )
+
+
+def check_image_size(image_size: int, records: RecordSet, split: str) -> None:
   """The first image of the split must not be smaller than what training asks for: enlarging it is never silent."""
-  side = min(decode_image(record_set.split(split)[0]["image"]).shape[:2])
+  if records.latents is not None:
+    side = records.latents["image_size"]
+    if side != image_size:
+      raise InputError(
+        f"{records.path} holds moments of {side} px images, data.image_size is {image_size}; set it to {side} or encode"
+        " again"
+      )
+    return
+  side = min(decode_image(records.split(split)[0]["image"]).shape[:2])
   if side < image_size:
-    raise InputError(f"{record_set.path} holds {side} px images, data.image_size is {image_size}; prepare larger")
+    raise InputError(f"{records.path} holds {side} px images, data.image_size is {image_size}; prepare larger")
 
 
 def training_batches(
-  record_set: RecordSet,
+  sets: Sequence[tuple[RecordSet, float]],
   split: str,
   *,
   batch_size: int,
@@ -30,24 +81,133 @@ def training_batches(
   seed: int,
   tokenizer: Tokenizer | None = None,
   prompt_attributes: tuple[str, ...] = (),
-) -> grain.DatasetIterator:
-  """An endless, shuffled, checkpointable iterator of batches.
+  balance: Sequence[str] = (),
+  balance_tau: float = 0.0,
+  rows: Sequence[int] | None = None,
+  first_step: int = 0,
+  threads: int = 2,
+  workers: int = 0,
+) -> grain.IterDataset:
+  """Endless shuffled batches, read ahead of their use; see `order` for which records they hold.
 
-  Each batch is {"images": uint8 [B, S, S, 3], "attributes": {name: [B]}} and, with a tokenizer, "input_ids" int32
-  [B, 77]. Each epoch has its own order; batches cross epoch boundaries, so no record is dropped.
+  Args:
+    sets: data sets and how often their records are drawn, relative to each other.
+    split: which of their splits.
+    batch_size: of the global batch.
+    image_size: images are resized to this.
+    seed: of the order.
+    tokenizer: for `input_ids`; None leaves them out.
+    prompt_attributes: attributes that precede the text in the prompt.
+    balance: attributes whose cells are sampled in balance, inside each set; `balance_tau` as in `balanced_groups`.
+    rows: the rows of the global batch to read; None for all.
+    first_step: the step of the first batch.
+    threads: threads that decode images beside the one that reads ahead; 0 reads when asked, without any thread.
+    workers: processes that make whole batches in turn; 0 for none. Neither number changes the batches.
+
+  Returns:
+    Batches {"images": uint8 [b, S, S, 3] or "moments": bfloat16 [b, s, s, 2c], "attributes": {name: [b]}} and, with a
+    tokenizer, "input_ids" int32 [b, 77]. Batches cross epochs, so no record is dropped.
   """
-  schema = record_set.schema
+  sources, groups = [], []
+  offset = 0
+  for records, weight in sets:
+    sources.append(records.split(split))
+    count = len(sources[-1])
+    if balance:
+      members = balanced_groups(records.attributes(split), records.schema, balance, balance_tau)
+    else:
+      members = [Group(np.arange(count), 1.0)]
+    groups += [Group(offset + group.numbers, weight * group.weight) for group in members]
+    offset += count
+  read = _BatchReader(
+    RecordSource.join(sources), sets[0][0].schema, sets[0][0].latents, image_size, tokenizer, prompt_attributes, threads
+  )
+  rows = range(batch_size) if rows is None else rows
+  numbers = BatchNumbers(RecordOrder(groups, seed), batch_size, rows, first_step)
+  ahead = grain.ReadOptions(num_threads=min(threads, 1), prefetch_buffer_size=_PREFETCH if threads else 0)
+  batches = grain.MapDataset.source(numbers).map(read).to_iter_dataset(ahead)
+  if not workers:
+    return batches
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags of their own, which this program does not offer
+  return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
-  def parse(record: dict[str, Any]) -> dict[str, Any]:
-    example = {
-      "images": decode_image(record["image"], image_size),
-      "attributes": {a.name: np.asarray(record["attributes"][a.name], a.dtype) for a in schema},
+
+def device_batches(batches: grain.IterDataset, sharding: NamedSharding, batch_size: int) -> Iterator[Any]:
+  """Global arrays on the devices, transferred in the background while the step before them runs.
+
+  `batches` hold the rows `sharding.local_rows(sharding, batch_size)` on every host.
+  """
+  rows = local_rows(sharding, batch_size)
+
+  def put(array: np.ndarray) -> jax.Array:
+    def shard(index):
+      wanted = np.arange(batch_size)[index[0]]
+      start = int(np.searchsorted(rows, wanted[0]))
+      return array[start : start + len(wanted)]
+
+    return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, shard)
+
+  placed = batches.map(lambda batch: jax.tree.map(put, batch))
+  return iter(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=_PREFETCH))
+
+
+class _BatchReader:
+  """Record numbers to one batch. Picklable, for worker processes."""
+
+  def __init__(
+    self,
+    source: RecordSource,
+    schema: Schema,
+    latents: Mapping[str, Any] | None,
+    image_size: int,
+    tokenizer: Tokenizer | None,
+    prompt_attributes: tuple[str, ...],
+    threads: int,
+  ):
+    self._source = source
+    self._schema = schema
+    self._latents = latents
+    self._image_size = image_size
+    self._tokenizer = tokenizer
+    self._prompt_attributes = tuple(prompt_attributes)
+    self._threads = threads
+    self._pool: ThreadPoolExecutor | None = None
+    # Stored ids serve when this run would make the same ones; otherwise the text is tokenized again.
+    self._stored_ids = (
+      latents is not None
+      and tokenizer is not None
+      and latents["tokenizer"] == tokenizer.content_hash()
+      and tuple(latents["prompt_attributes"]) == self._prompt_attributes
+    )
+
+  def __call__(self, numbers: np.ndarray) -> dict[str, Any]:
+    records = self._source.read(numbers)
+    batch: dict[str, Any] = {
+      "attributes": {a.name: np.array([r["attributes"][a.name] for r in records], a.dtype) for a in self._schema}
     }
-    if tokenizer is not None:
-      prompt = format_prompt(record["text"], record["attributes"], schema, prompt_attributes)
-      example["input_ids"] = tokenizer([prompt])[0]
-    return example
+    if self._latents is not None:
+      moments = b"".join(record["moments"] for record in records)
+      batch["moments"] = np.frombuffer(moments, ml_dtypes.bfloat16).reshape(len(records), *self._latents["shape"])
+    else:
+      batch["images"] = np.stack(list(self._map(self._decode, records)))
+    if self._stored_ids:
+      batch["input_ids"] = np.stack([record["input_ids"] for record in records])
+    elif self._tokenizer is not None:
+      batch["input_ids"] = self._tokenizer(
+        [format_prompt(r["text"], r["attributes"], self._schema, self._prompt_attributes) for r in records]
+      )
+    return batch
 
-  source = record_set.split(split)
-  dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map(parse).batch(batch_size)
-  return iter(dataset.to_iter_dataset(_READ))
+  def _decode(self, record: Mapping[str, Any]) -> np.ndarray:
+    return decode_image(record["image"], self._image_size)
+
+  def _map(self, function, records):
+    if self._threads < 2:
+      return map(function, records)
+    if self._pool is None:
+      self._pool = ThreadPoolExecutor(self._threads)
+    return self._pool.map(function, records)
+
+  def __getstate__(self):
+    return {**self.__dict__, "_pool": None}

@@ -1,5 +1,6 @@
 """The CLIP tokenizer: transformers' CLIPTokenizer on local files, and training of a small vocabulary in its format."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,6 +52,11 @@ class Tokenizer:
     ids = [int(i) for i in ids]
     end = self._backend.eos_token_id
     return self._backend.decode(ids[: ids.index(end)] if end in ids else ids, skip_special_tokens=True)
+
+  def content_hash(self) -> str:
+    """SHA-256 of what decides the ids: vocabulary, merges, normalisation, special tokens, padding and length."""
+    rules = {**json.loads(self._backend.backend_tokenizer.to_str()), "padding": self.pad_id, "truncation": self.length}
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
   def __reduce__(self):
     return load_tokenizer, (self.directory,)

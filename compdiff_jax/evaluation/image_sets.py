@@ -190,6 +190,8 @@ def square_size(path: str | Path, split: str = "") -> int:
 
 
 def _record_rows(records: RecordSet, split: str) -> list[_Row]:
+  if records.latents is not None:
+    raise InputError(f"{records.path} holds moments, not images; give the data set that they were encoded from")
   source = records.split(split)
 
   def row(index: int) -> _Row:

@@ -99,8 +99,8 @@ def make_loss(
     keys = rows["keys"]
     text = model.encode_text(everything, rows["input_ids"])
     context, output = model.join_context(everything, text, rows["attributes"], keys["conditioner"])
-    images = rows["images"].astype(jnp.float32) / 127.5 - 1.0
-    latents = model.encode(everything, images, _normal(keys["posterior"], model.latent_shape))
+    moments = rows["moments"] if "moments" in rows else model.moments(everything, rows["images"])
+    latents = model.latents(moments, _normal(keys["posterior"], model.latent_shape))
     latents = jax.lax.stop_gradient(latents)  # the VAE is frozen
     noise = _normal(keys["noise"], model.latent_shape)
     if options.noise_offset:
@@ -161,7 +161,8 @@ def make_train_step(
     empty_ids: int32 [77], the empty prompt, which text dropout puts in.
     fairness: weights of the samples; None: all weigh the same.
 
-  The batch is {"images": uint8 [B, S, S, 3], "input_ids": int32 [B, 77], "attributes": {name: [B]}}.
+  The batch is {"input_ids": int32 [B, 77], "attributes": {name: [B]}} with either "images", uint8 [B, S, S, 3], or the
+  "moments" of their VAE posterior, [B, s, s, 2c].
   """
   loss, total_weights = make_loss(model, config, fairness)
   accumulation = config.train.accumulation
@@ -172,7 +173,7 @@ def make_train_step(
     keys = sample_keys(config.seed, state.step, batch_size)
     drop_text = jax.vmap(jax.random.uniform)(keys["text_dropout"]) < config.dropout.text
     rows = {
-      "images": batch["images"],
+      **{name: batch[name] for name in ("images", "moments") if name in batch},
       "input_ids": jnp.where(drop_text[:, None], empty_ids, batch["input_ids"]),
       "attributes": drop_attributes(
         batch["attributes"],
