@@ -20,6 +20,10 @@ class InputError(Exception):
   """The user's input is wrong. The message names the file, row or key and the remedy; the exit status is 2."""
 
 
+class UnfinishedError(InputError):
+  """An input error that shows late: what is finished is kept for the next run of the same job."""
+
+
 class RunError(Exception):
   """The run itself failed (for example the loss became NaN). One line, exit status 1."""
 
@@ -59,13 +63,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
   return f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(choices)}"
 
 
-def new_directory(path: str | Path) -> Path:
-  """`path` as a directory that is new or empty and writable, else an `InputError`; nothing is overwritten."""
+def check_free(path: str | Path) -> None:
+  """Refuses an output directory that is a file or not empty."""
   path = Path(path)
   if path.exists() and not path.is_dir():
     raise InputError(f"{path} is a file; give a directory for the output")
   if path.exists() and any(path.iterdir()):
     raise InputError(f"{path} is not empty; give a new directory or remove it first")
+
+
+def new_directory(path: str | Path) -> Path:
+  """`path` as a directory that is new or empty and writable, else an `InputError`; nothing is overwritten."""
+  path = Path(path)
+  check_free(path)
   with writing(path):
     path.mkdir(parents=True, exist_ok=True)
     probe = path / ".writable"
@@ -122,9 +132,9 @@ def resumable_directory(path: str | Path, job: Mapping[str, Any]):
   """Like `whole_directory`, but what a killed run has finished is there again for the next run of the same job.
 
   Yields two directories below the sibling `.NAME.unfinished`: one that becomes `path`, and one for notes about what is
-  finished. Files in them must be whole or not there. They are kept when the run is killed, interrupted, or cannot write
-  (disk full), and continued by a run whose `job`, which names everything that decides the result, is the same. Other
-  failures and other jobs discard them. One process at a time owns them.
+  finished. Files in them must be whole or not there. They are kept when the run is killed, fails or cannot write (disk
+  full), and continued by a run whose `job`, which names everything that decides the result, is the same. Another job
+  discards them, and so does bad input, unless it is an `UnfinishedError`. One process at a time owns them.
   """
   path = Path(path)
   existed = path.exists()
@@ -149,13 +159,16 @@ def resumable_directory(path: str | Path, job: Mapping[str, Any]):
         owner.write_text(description)
       directory.mkdir(exist_ok=True)
       notes.mkdir(exist_ok=True)
+      for part in [*directory.glob(".*"), *notes.glob(".*")]:  # files that were being written
+        part.unlink()
       directory.chmod(path.stat().st_mode & 0o777)
     yield directory, notes
     with writing(path):
       directory.replace(path)
     shutil.rmtree(place, ignore_errors=True)
   except BaseException as error:
-    if isinstance(error, Exception) and not isinstance(error.__cause__, OSError):
+    bad_input = isinstance(error, InputError) and not isinstance(error, UnfinishedError)
+    if bad_input and not isinstance(error.__cause__, OSError):
       shutil.rmtree(place, ignore_errors=True)
     if not existed:
       with contextlib.suppress(OSError):

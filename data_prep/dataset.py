@@ -1,38 +1,50 @@
 """Writes one data set directory: patient-level splits, hold-outs, ArrayRecord shards, rejected rows and a data card.
 
 Every builder (`data_prep.phantom`, `data_prep.table`, ...) yields rows (data_prep/rows.py) and calls `write_dataset`.
-Everything is written into a temporary sibling and renamed at the end, so a directory with the final name is always
-complete.
+What each shard holds is planned before any image is opened, so shards can be made anywhere, in any order, and again
+(data_prep/shards.py). They are written into a sibling `.NAME.unfinished`, which becomes the directory at the end: a
+directory with the final name is always complete, and the same command continues after a kill.
 """
 
 import argparse
+import contextlib
 import csv
+import functools
 import hashlib
 import itertools
 import json
-import os
+import math
 import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+import PIL
 
-from compdiff_jax.cli import InputError, whole_directory, writing
+from compdiff_jax.cli import InputError, UnfinishedError, check_free, resumable_directory, writing
 from compdiff_jax.conditioning.schema import Cell, Schema
-from compdiff_jax.data.records import SPLITS, write_description, write_split
+from compdiff_jax.data.records import (
+  SPLITS,
+  RecordSource,
+  features,
+  shard_name,
+  split_info,
+  write_attributes,
+  write_description,
+)
 from data_prep import card
-from data_prep.holdouts import hold_out
+from data_prep.holdouts import attribute_columns, hold_out
 from data_prep.rows import RowError
+from data_prep.shards import HERE, Runner, Task, read_note, run_tasks
 
 FRACTIONS = (0.8, 0.1, 0.1)
 MAX_REJECTED = 0.05
 REJECTED_COLUMNS = ("file", "row", "reason")
-_SHARD_BYTES = 256 * 2**20
-_BATCH = 256
+SHARD_MIB = 300
+_MEASURED = 32  # images that the size of the shards is estimated from
 
 
 def patient_hash(patient: str, salt: str) -> tuple[str, float]:
@@ -72,6 +84,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--fractions", default="0.8,0.1,0.1", help="shares of patients in train,val,test")
   parser.add_argument("--max_rejected", type=float, default=MAX_REJECTED, help="largest accepted share of bad rows")
   parser.add_argument("--salt", help="secret salt of the patient hash; the default is public")
+  add_scale_arguments(parser)
+
+
+def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options that say where the work is done; none changes the records."""
+  parser.add_argument("--workers", type=int, default=0, help="local processes that write shards; 0: threads only")
+  parser.add_argument("--runner", default="", help="Apache Beam runner: DirectRunner, DataflowRunner, FlinkRunner, ...")
+  parser.add_argument("--runner_options", default="", help="options of the Beam runner, in one quoted string")
+  parser.add_argument("--shard_mib", type=float, default=SHARD_MIB, help="approximate size of a shard")
 
 
 def options(args: argparse.Namespace, schema: Schema) -> dict[str, Any]:
@@ -84,12 +105,29 @@ def options(args: argparse.Namespace, schema: Schema) -> dict[str, Any]:
     "fractions": parse_fractions(args.fractions),
     "max_rejected": args.max_rejected,
     "salt": args.salt,
+    **scale_options(args),
   }
 
 
+def scale_options(args: argparse.Namespace) -> dict[str, Any]:
+  """The arguments of `write_dataset` that `add_scale_arguments` read."""
+  if args.workers < 0:
+    raise InputError(f"--workers {args.workers}: give 0 or a positive number")
+  if args.shard_mib <= 0:
+    raise InputError(f"--shard_mib {args.shard_mib}: give a positive number")
+  return {"runner": Runner(args.workers, args.runner, args.runner_options), "shard_mib": args.shard_mib}
+
+
 def command_line(prog: str, argv: Sequence[str]) -> str:
-  """The command for the data card, without the value of `--salt`."""
-  return re.sub(r"(--salt[= ])('[^']*'|\S+)", r"\1(secret)", shlex.join([*prog.split(), *argv]))
+  """The command for the data card, without the value of `--salt` and without what says where the work was done."""
+  kept, arguments = [], iter(argv)
+  for argument in arguments:
+    option, equals, _ = argument.partition("=")
+    if option in ("--workers", "--runner", "--runner_options"):
+      _ = equals or next(arguments, None)
+    else:
+      kept.append(argument)
+  return re.sub(r"(--salt[= ])('[^']*'|\S+)", r"\1(secret)", shlex.join([*prog.split(), *kept]))
 
 
 def write_dataset(
@@ -106,6 +144,8 @@ def write_dataset(
   max_rejected: float = MAX_REJECTED,
   fractions: Sequence[float] = FRACTIONS,
   salt: str | None = None,
+  runner: Runner = HERE,
+  shard_mib: float = SHARD_MIB,
 ) -> dict[str, int]:
   """Writes the data set `out` and returns the number of images per split.
 
@@ -123,93 +163,158 @@ def write_dataset(
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the
       possible patient ids can undo the hash. Give a secret one for data that leaves the house.
+    runner: where the shards are made.
+    shard_mib: approximate size of a shard.
 
   Raises:
     InputError: `out` is taken, too many rows were rejected, a split is empty, or the hold-out removes a level from
-      the training split. `out` then does not exist (or is as empty as before).
+      the training split. `out` then does not exist (or is as empty as before). What was finished when too many
+      images were rejected, or the disk was full, or the run was killed, is continued by the next run.
   """
   if not re.fullmatch(r"\w+", name):
     raise InputError(f"data set name {name!r}: use letters, digits and underscores")
   out = Path(out)
   salt = f"compdiff-jax/{name}" if salt is None else salt
-  with whole_directory(out) as directory:
-    with open(directory / "images.spool", "w+b") as spool:
-      rows, rejected = _collect(examples, encode, spool, schema, salt, out)
-      _check_rejected(out, len(rows), rejected, max_rejected)
-      assigned = _assign(rows, fractions)
-      holdout = hold_out(rows, assigned, schema, held_out)
-      _check_patients(out, rows, assigned)
-      splits = {split: [row for row, own in zip(rows, assigned) if own == split] for split in SPLITS}
-      for split, fraction in zip(SPLITS, fractions):
-        if not splits[split] and fraction:
-          raise InputError(
-            f"{out}: the {split} split would be empty ({len(rows)} images of"
-            f" {len({row['patient'] for row in rows})} patients); give more patients, other --fractions or another"
-            " --salt"
-          )
-      splits = {split: members for split, members in splits.items() if members}
-      with writing(out):
-        infos = [
-          write_split(directory, name, split, schema, _Records(members, spool), _num_shards(members))
-          for split, members in splits.items()
-        ]
-        if holdout:
-          (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
-        _write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
-        _write_attribution(directory / "attribution.csv", splits)
-        card.write_card(
-          directory,
-          name=name,
-          schema=schema,
-          splits=splits,
-          description=description,
-          size=size,
-          command=command,
-          holdout=holdout,
-          rejected=rejected,
-          read_image=lambda row: _read(spool, row),
-        )
-        write_description(directory, name, schema, infos, description)
-    (directory / "images.spool").unlink()
+  check_free(out)
+  rows, rejected = _plan(examples, schema, salt)
+  _check_rejected(out, len(rows), rejected, max_rejected)
+  natural = _assign(rows, fractions)
+  assigned = list(natural)
+  hold_out(rows, assigned, schema, held_out)
+  _check_patients(out, rows, assigned)
+  shards = _shards(rows, assigned, encode, shard_mib)
+  with resumable_directory(out, _job(name, schema, encode, shards)) as (directory, notes), writing(out):
+    tasks = {
+      (split, i): Task(directory / (file := shard_name(name, split, i, len(parts))), notes / file, schema, encode, part)
+      for split, parts in shards.items()
+      for i, part in enumerate(parts)
+    }
+    run_tasks(list(tasks.values()), runner)
+    splits, done = {split: [] for split in shards}, {split: [] for split in shards}
+    for (split, _), task in tasks.items():
+      note = read_note(task.note)
+      done[split].append(note.shard)
+      for i, row in enumerate(task.rows):
+        if i in note.rejected:
+          rejected.append({"file": row["file"], "row": row["row"], "reason": note.rejected[i], "number": row["number"]})
+        else:
+          splits[split].append(row)
+    rejected.sort(key=lambda row: row["number"])
+    written = [row for members in splits.values() for row in members]
+    _check_rejected(out, len(written), rejected, max_rejected)
+    _check_splits(out, splits, written, fractions)
+    splits = {split: members for split, members in splits.items() if members}
+    # Described again, without the images that could not be read.
+    before = {row["key"]: split for row, split in zip(rows, natural)}
+    moved = {row["patient"] for row, own, split in zip(rows, natural, assigned) if own != split}
+    placed = [row["patient"] in moved for row in written]
+    holdout = hold_out(written, [before[row["key"]] for row in written], schema, held_out, placed)
+    if holdout:
+      (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
+    _write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
+    _write_attribution(directory / "attribution.csv", splits)
+    for split, members in splits.items():
+      write_attributes(directory, split, schema, attribute_columns(members, schema))
+    stored = _stored(tasks, done, splits, schema)
+    card.write_card(
+      directory,
+      name=name,
+      schema=schema,
+      splits=splits,
+      description=description,
+      size=size,
+      command=command,
+      holdout=holdout,
+      rejected=rejected,
+      read_image=lambda row: stored[row["key"]]()["image"],
+    )
+    infos = [split_info(directory, name, split, done[split]) for split in splits]
+    write_description(directory, name, schema, infos, description)
   counts = {split: len(members) for split, members in splits.items()}
   _report(out, splits, rejected, holdout)
   return counts
 
 
-def _collect(
-  examples: Iterable[Mapping[str, Any]],
-  encode: Callable[[Any], bytes],
-  spool: BinaryIO,
-  schema: Schema,
-  salt: str,
-  out: Path,
+def _plan(
+  examples: Iterable[Mapping[str, Any]], schema: Schema, salt: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """Makes all images; their bytes go to the spool file, so memory holds the small columns only."""
+  """All rows as they will be stored, without their images, and the rows that are rejected already."""
   rows, rejected = [], []
-  position = 0
-  for example, image in _encoded(_unique(examples, salt), encode):
-    if isinstance(image, RowError):
-      rejected.append({"file": example["file"], "row": example["row"], "reason": str(image)})
+  for number, example in enumerate(_unique(examples, salt)):
+    if "reason" in example:
+      rejected.append({**{column: example[column] for column in REJECTED_COLUMNS}, "number": number})
       continue
-    with writing(out):
-      spool.write(image)
     patient, draw = patient_hash(str(example["patient"]), salt)
     rows.append(
       {
+        "number": number,
+        "file": example["file"],
+        "row": example["row"],
         "key": example["key"],
         "patient": patient,
         "draw": draw,
         "splits": tuple(example.get("splits", SPLITS)),
+        "image": example["image"],
         "text": example["text"],
         "attributes": {a.name: np.asarray(example["attributes"][a.name], a.dtype) for a in schema},
         "findings": json.dumps(example["findings"], sort_keys=True),
         "factors": json.dumps(example["factors"], sort_keys=True),
         "attribution": dict(example.get("attribution", {})),
-        "span": (position, len(image)),
       }
     )
-    position += len(image)
   return rows, rejected
+
+
+def _shards(
+  rows: Sequence[dict[str, Any]], assigned: Sequence[str], encode: Callable[[Any], bytes], mib: float
+) -> dict[str, list[list[dict[str, Any]]]]:
+  """{split: rows of each shard}, in the order of the rows. Sizes follow from a few images spread over the data."""
+  sizes = []
+  for row in rows[:: -(-len(rows) // _MEASURED)]:
+    with contextlib.suppress(RowError):
+      sizes.append(len(encode(row["image"])) + len(row["text"]) + len(row["factors"]))
+  per_shard = max(1.0, mib * 2**20 / max(1.0, float(np.mean(sizes or [1.0]))))
+  shards = {}
+  for split in SPLITS:
+    members = [row for row, own in zip(rows, assigned) if own == split]
+    if members:
+      count = math.ceil(len(members) / per_shard)
+      bounds = [round(i * len(members) / count) for i in range(count + 1)]
+      shards[split] = [members[start:end] for start, end in itertools.pairwise(bounds)]
+  return shards
+
+
+def _job(name: str, schema: Schema, encode: Callable[[Any], bytes], shards: Mapping[str, Any]) -> dict[str, str]:
+  """Names everything that decides the bytes of the shards."""
+  digest = hashlib.sha256(repr((name, schema, encode, PIL.__version__)).encode())
+  for split, parts in shards.items():
+    for part in parts:
+      digest.update(repr((split, part)).encode())
+  return {"shards": digest.hexdigest()}
+
+
+def _stored(
+  tasks: Mapping[tuple[str, int], Task], done: Mapping[str, Any], splits: Mapping[str, Any], schema: Schema
+) -> dict[str, Callable[[], dict[str, Any]]]:
+  """{key: function that reads the record back}."""
+  found = {}
+  for split, members in splits.items():
+    paths = [task.path for (own, _), task in tasks.items() if own == split]
+    source = RecordSource(paths, [shard.records for shard in done[split]], features(schema))
+    found |= {row["key"]: functools.partial(source.__getitem__, i) for i, row in enumerate(members)}
+  return found
+
+
+def _check_splits(
+  out: Path, splits: Mapping[str, Sequence], written: Sequence[Mapping[str, Any]], fractions: Sequence[float]
+) -> None:
+  for split, fraction in zip(SPLITS, fractions):
+    if not splits.get(split) and fraction:
+      raise InputError(
+        f"{out}: the {split} split would be empty ({len(written)} images of"
+        f" {len({row['patient'] for row in written})} patients); give more patients, other --fractions or another"
+        " --salt"
+      )
 
 
 def _unique(examples: Iterable[Mapping[str, Any]], salt: str) -> Iterator[dict[str, Any]]:
@@ -226,25 +331,6 @@ def _unique(examples: Iterable[Mapping[str, Any]], salt: str) -> Iterator[dict[s
     yield example
 
 
-def _encoded(
-  examples: Iterable[Mapping[str, Any]], encode: Callable[[Any], bytes]
-) -> Iterator[tuple[Mapping[str, Any], bytes | RowError]]:
-  """Each row with its image or with the reason why there is none, in the order of the rows."""
-
-  def attempt(example: Mapping[str, Any]) -> bytes | RowError:
-    try:
-      if "reason" in example:
-        raise RowError(example["reason"])
-      return encode(example["image"])
-    except RowError as error:
-      return error
-
-  examples = iter(examples)
-  with ThreadPoolExecutor(os.cpu_count()) as pool:
-    while batch := list(itertools.islice(examples, _BATCH)):
-      yield from zip(batch, pool.map(attempt, batch))
-
-
 def _check_rejected(out: Path, written: int, rejected: Sequence[Mapping[str, Any]], limit: float) -> None:
   total = written + len(rejected)
   if not total:
@@ -257,7 +343,7 @@ def _check_rejected(out: Path, written: int, rejected: Sequence[Mapping[str, Any
   with writing(place):
     _write_csv(place, REJECTED_COLUMNS, rejected)
   worst, count = Counter(row["reason"].split(":")[0] for row in rejected).most_common(1)[0]
-  raise InputError(
+  raise UnfinishedError(
     f"{len(rejected)} of {total} rows rejected ({share:.1%}, limit {limit:.1%}; most often: {worst}, {count}x);"
     f" see {place}, mend the rows or raise --max_rejected"
   )
@@ -286,36 +372,6 @@ def _check_patients(out: Path, rows: Sequence[Mapping[str, Any]], assigned: Sequ
       f"{out}: {len(both)} patients (first: hash {both[0]}) are in more than one of the splits that the data set comes"
       " with; divide by patient instead (--split patient)"
     )
-
-
-def _num_shards(rows: Sequence[Mapping[str, Any]]) -> int:
-  return max(1, -(-sum(row["span"][1] for row in rows) // _SHARD_BYTES))
-
-
-def _read(spool: BinaryIO, row: Mapping[str, Any]) -> bytes:
-  offset, length = row["span"]
-  spool.seek(offset)
-  return spool.read(length)
-
-
-class _Records(Sequence):
-  """The rows of one split as complete records; a slice is an iterator that reads images one at a time."""
-
-  def __init__(self, rows: Sequence[Mapping[str, Any]], spool: BinaryIO):
-    self._rows = rows
-    self._spool = spool
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return (self._record(row) for row in self._rows[index])
-    return self._record(self._rows[index])
-
-  def _record(self, row: Mapping[str, Any]) -> dict[str, Any]:
-    fields = ("key", "patient", "text", "attributes", "findings", "factors")
-    return {**{field: row[field] for field in fields}, "image": _read(self._spool, row)}
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:

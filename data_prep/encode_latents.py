@@ -102,6 +102,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="the encoder computes in this")
   args = parser.parse_args(argv)
 
+  cli.check_free(args.out)
   records = RecordSet(args.data)
   if records.latents is not None:
     raise cli.InputError(f"{args.data} already holds moments; give a data set of images")

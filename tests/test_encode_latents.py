@@ -58,7 +58,7 @@ def test_interrupted_run_goes_on_at_the_first_missing_shard(workspace, latents, 
 
   def interrupted(path, *rest):
     if len(written) == 1:
-      path.with_name(f".{path.name}.part").write_bytes(b"half a shard")
+      path.with_name(f".{path.name}.1").write_bytes(b"half a shard")
       raise KeyboardInterrupt
     written.append(path.name)
     return write_shard(path, *rest)

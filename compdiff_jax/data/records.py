@@ -21,6 +21,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,11 +78,12 @@ def write_shard(path: Path, description: tfds.features.FeaturesDict, records: It
   """Writes records under a temporary name and renames the file, so that `path` is whole or not there."""
   # One record a group: random access reads exactly the record it asks for. Encoded images and moments do not get
   # smaller by compression, and reading them without it is three times as fast.
-  temporary = path.with_name(f".{path.name}.part")
+  temporary = path.with_name(f".{path.name}.{os.getpid()}")
   writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
   count = num_bytes = 0
   for record in records:
-    data = description.serialize_example(description.encode_example(record))
+    example = tf_example_pb2.Example.FromString(description.serialize_example(record))
+    data = example.SerializeToString(deterministic=True)  # TFDS leaves the order of the fields to chance
     writer.write(data)
     count += 1
     num_bytes += len(data)

@@ -1,6 +1,5 @@
 """python -m data_prep.phantom --out DIR --num N: draws a procedural chest phantom data set."""
 
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -8,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from compdiff_jax import cli
-from data_prep.dataset import parse_cells, write_dataset
+from data_prep.dataset import add_scale_arguments, command_line, parse_cells, scale_options, write_dataset
 from data_prep.phantom.population import SCHEMA, PhantomImages, rows
 
 _PROG = "python -m data_prep.phantom"
@@ -40,6 +39,7 @@ def main(argv: list[str]) -> None:
     metavar="CELLS",
     help='cells kept out of train and val, such as "age=60-80,sex=female,group=D;age=80+,sex=male,group=C"',
   )
+  add_scale_arguments(parser)
   args = parser.parse_args(argv)
   if args.num <= 0:
     raise cli.InputError(f"--num {args.num}: give a positive number of images")
@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     description=_DESCRIPTION,
     held_out=held_out,
     size=args.size,
-    command=shlex.join([*_PROG.split(), *argv]),
+    command=command_line(_PROG, argv),
+    **scale_options(args),
   )
   rarest, count = min(cells.items(), key=lambda item: item[1])
   print(
