@@ -29,7 +29,6 @@ from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import (
   SPLITS,
   RecordSource,
-  features,
   shard_name,
   split_info,
   write_attributes,
@@ -300,7 +299,7 @@ def _stored(
   found = {}
   for split, members in splits.items():
     paths = [task.path for (own, _), task in tasks.items() if own == split]
-    source = RecordSource(paths, [shard.records for shard in done[split]], features(schema))
+    source = RecordSource(paths, [shard.records for shard in done[split]], schema)
     found |= {row["key"]: functools.partial(source.__getitem__, i) for i, row in enumerate(members)}
   return found
 

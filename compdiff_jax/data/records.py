@@ -274,7 +274,7 @@ class RecordSource:
       for place, data in zip(places, self._reader(shard).read(inside)):
         try:
           records[place] = self._parse(data)
-        except (IndexError, ValueError) as error:
+        except ValueError as error:
           raise InputError(
             f"{self._paths[shard]}: record {indices[place] - self._starts[shard]} does not fit schema.json"
             f" ({' '.join(str(error).split())}); prepare the data set again"
@@ -316,6 +316,8 @@ class ExampleParser:
     record: dict[str, Any] = {"attributes": {}}
     for name, kind, shape, dtype in self._fields:
       values = getattr(found[name], kind).value
+      if not values:
+        raise ValueError(f"{name} is missing or of another type")
       value = np.array(values, dtype).reshape(shape) if shape else values[0]
       if name.startswith("attributes/"):
         record["attributes"][name.removeprefix("attributes/")] = value
