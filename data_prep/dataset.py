@@ -182,6 +182,7 @@ def write_dataset(
   hold_out(rows, assigned, schema, held_out)
   _check_patients(out, rows, assigned)
   shards = _shards(rows, assigned, encode, shard_mib)
+  _check_splits(out, shards, rows, fractions)
   with resumable_directory(out, _job(name, schema, encode, shards)) as (directory, notes), writing(out):
     tasks = {
       (split, i): Task(directory / (file := shard_name(name, split, i, len(parts))), notes / file, schema, encode, part)

@@ -141,7 +141,7 @@ def test_every_bad_row_is_listed_and_the_rest_goes_on(damaged, capsys):
 
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_too_many_bad_rows_stop_the_run(damaged, capsys, name):
-  write_csv(damaged / "meta.csv", [*(row(i) for i in range(8)), *(row(8, **BAD_ROWS[name][0]) for _ in range(2))])
+  write_csv(damaged / "meta.csv", [*(row(i) for i in range(9)), row(9, **BAD_ROWS[name][0])])
   line = error_line(damaged, capsys)
   assert "of 10 rows rejected" in line and "limit 5.0%" in line and "out.rejected.csv" in line
   assert BAD_ROWS[name][1].split(":")[0] in (damaged / "out.rejected.csv").read_text()
