@@ -40,7 +40,7 @@ def test_moments_and_ids_are_those_of_each_record_alone(workspace, latents):
   moments = jax.jit(lambda image: vae(params, image / 127.5 - 1.0, method="encode"))
   tokenizer = load_tokenizer(workspace / "tokenizer")
   for split, count in images.splits.items():
-    for i in {0, 7, count - 1}:
+    for i in {0, count // 2, count - 1}:
       record, ours = images.split(split)[i], encoded.split(split)[i]
       for field in ("key", "patient", "text", "findings", "factors", "attributes"):
         np.testing.assert_equal(ours[field], record[field])
