@@ -34,7 +34,7 @@ from compdiff_jax.data.records import (
   write_attributes,
   write_description,
 )
-from data_prep import card
+from data_prep import card, checksums, duplicates
 from data_prep.holdouts import attribute_columns, hold_out
 from data_prep.rows import RowError
 from data_prep.shards import HERE, Runner, Task, read_note, run_tasks
@@ -194,11 +194,12 @@ def write_dataset(
     for (split, _), task in tasks.items():
       note = read_note(task.note)
       done[split].append(note.shard)
+      hashes = iter(note.sha256)
       for i, row in enumerate(task.rows):
         if i in note.rejected:
           rejected.append({"file": row["file"], "row": row["row"], "reason": note.rejected[i], "number": row["number"]})
         else:
-          splits[split].append(row)
+          splits[split].append({**row, "sha256": next(hashes)})
     rejected.sort(key=lambda row: row["number"])
     written = [row for members in splits.values() for row in members]
     _check_rejected(out, len(written), rejected, max_rejected)
@@ -212,6 +213,8 @@ def write_dataset(
     if holdout:
       (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
     _write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
+    repeated = duplicates.find(splits)
+    _write_csv(directory / "duplicates.csv", duplicates.COLUMNS, repeated)
     _write_attribution(directory / "attribution.csv", splits)
     for split, members in splits.items():
       write_attributes(directory, split, schema, attribute_columns(members, schema))
@@ -227,11 +230,13 @@ def write_dataset(
       holdout=holdout,
       rejected=rejected,
       read_image=lambda row: stored[row["key"]]()["image"],
+      repeated=repeated,
     )
     infos = [split_info(directory, name, split, done[split]) for split in splits]
     write_description(directory, name, schema, infos, description)
+    checksums.write(directory)
   counts = {split: len(members) for split, members in splits.items()}
-  _report(out, splits, rejected, holdout)
+  _report(out, splits, rejected, holdout, repeated)
   return counts
 
 
@@ -389,7 +394,13 @@ def _write_attribution(path: Path, splits: Mapping[str, Sequence[Mapping[str, An
     _write_csv(path, ("key", "split", *columns), lines)
 
 
-def _report(out: Path, splits: Mapping[str, Sequence], rejected: Sequence, holdout: Mapping[str, Any] | None) -> None:
+def _report(
+  out: Path,
+  splits: Mapping[str, Sequence],
+  rejected: Sequence,
+  holdout: Mapping[str, Any] | None,
+  repeated: Sequence[Mapping[str, Any]],
+) -> None:
   written = sum(len(members) for members in splits.values())
   total = f"{written + len(rejected)} rows in = {written} written + {len(rejected)} rejected"
   print(f"{out}: {total}" + (f" (reasons in {out / 'rejected.csv'})" if rejected else ""))
@@ -397,4 +408,5 @@ def _report(out: Path, splits: Mapping[str, Sequence], rejected: Sequence, holdo
     print(f"  {split:5s} {len(members):7d} images of {len({row['patient'] for row in members})} patients")
   for text, count in (holdout or {"images": {}})["images"].items():
     print(f"  held out {text}: {count} images, {holdout['status'][text]}")
+  print(f"  {duplicates.summary(repeated)}")
   print(f"  data card: {out / 'README.md'}, {out / 'sheet.png'}")

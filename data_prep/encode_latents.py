@@ -38,6 +38,7 @@ from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 from compdiff_jax.workdir import content_hash
+from data_prep import checksums
 
 _DTYPES = ("float32", "bfloat16")
 # Files of the data set that describe its records, not its images.
@@ -154,6 +155,7 @@ def main(argv: list[str]) -> None:
         shutil.copyfile(records.path / name, directory / name)
     text = f"VAE moments and token ids of the data set {records.name} (see its own data card)."
     write_description(directory, records.name, records.schema, infos, text, latents)
+    checksums.write(directory)
   progress.close()
   print(f"{args.out}: {done} records of {'x'.join(map(str, latents['shape']))} moments from VAE {vae_hash[:12]}")
 

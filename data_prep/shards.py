@@ -4,6 +4,7 @@ A task is a pickle file that holds everything a shard is made of; whoever runs i
 JSON file that says what became of its rows. Tasks, notes and shards lie in one directory that all workers can reach.
 """
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -65,20 +66,22 @@ HERE = Runner()
 
 
 class Note(NamedTuple):
-  """What became of a task: the shard, and {row of the task: reason} for rows that were rejected."""
+  """What became of a task: the shard, {row of the task: reason} of the rejected rows, SHA-256 of the others' images."""
 
   shard: Shard
   rejected: dict[int, str]
+  sha256: list[str]
 
 
 def read_note(path: Path) -> Note:
   note = json.loads(path.read_text())
-  return Note(Shard(*note["shard"]), {int(row): reason for row, reason in note["rejected"].items()})
+  return Note(Shard(*note["shard"]), {int(row): reason for row, reason in note["rejected"].items()}, note["sha256"])
 
 
 def run_task(task: Task, threads: int = 1, advance: Callable[[int], None] = lambda count: None) -> None:
   """Writes the shard of a task and its note. The bytes depend on the task alone."""
   rejected: dict[int, str] = {}
+  hashes: list[str] = []
 
   def records() -> Iterator[dict[str, Any]]:
     for number, (row, image) in enumerate(_images(task, threads)):
@@ -86,10 +89,11 @@ def run_task(task: Task, threads: int = 1, advance: Callable[[int], None] = lamb
       if isinstance(image, RowError):
         rejected[number] = str(image)
       else:
+        hashes.append(hashlib.sha256(image).hexdigest())
         yield {**{field: row[field] for field in _FIELDS}, "image": image}
 
   shard = write_shard(task.path, features(task.schema), records())
-  write_whole(task.note, json.dumps({"shard": shard, "rejected": rejected}))
+  write_whole(task.note, json.dumps({"shard": shard, "rejected": rejected, "sha256": hashes}))
 
 
 def _images(task: Task, threads: int) -> Iterator[tuple[Mapping[str, Any], bytes | RowError]]:

@@ -15,7 +15,7 @@ from compdiff_jax import cli
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data.records import RecordSet, decode_image
-from data_prep import dataset
+from data_prep import dataset, verify
 
 SCHEMA = Schema((
   Attribute("age", "continuous", low=0, high=100, bins=(40, 60), unit="year"),
@@ -284,3 +284,15 @@ def test_bad_fractions():
   for text in ("1,2", "0.5,0.5,0.5", "a,b,c", "1.2,-0.1,-0.1"):
     with pytest.raises(InputError, match="--fractions"):
       dataset.parse_fractions(text)
+
+
+def test_repeated_images_are_reported_and_the_set_verifies(tmp_path, capsys):
+  items = list(examples(100))
+  items[70]["image"] = items[12]["image"]
+  write(tmp_path / "set", items)
+  (line,) = read_csv(tmp_path / "set" / "duplicates.csv")
+  keys = {line["key"], line["same_as"]}
+  assert keys == {"k12", "k70"} and line["other_patient"] == "yes"
+  assert "1 images repeat an earlier one" in capsys.readouterr().out
+  counts, found = verify.verify(tmp_path / "set")
+  assert sum(counts.values()) == 100 and not found.counts
