@@ -145,6 +145,7 @@ def preparing(work: Path, count: int) -> dict[str, Any]:
       size=SIZE,
       command="benchmark",
       encode=FolderImages(str(folder), ImageOptions(SIZE)),
+      fractions=(1, 0, 0),
     )
 
   def pillow():
@@ -181,7 +182,7 @@ def reading_images(work: Path, count: int, natives: int) -> dict[str, Any]:
       add(tar, f"{i:06d}.png", data)
   with tarfile.open(work / "pickled.tar", "w") as tar:
     for i in range(natives):
-      tensor = torch.from_numpy(np.asarray(radiograph(i, *NATIVE))).float() / 255
+      tensor = torch.tensor(np.asarray(radiograph(i, *NATIVE))).float() / 255
       add(tar, f"{i:06d}.pt_image", pickle.dumps(tensor))
 
   def ours():

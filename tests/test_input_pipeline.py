@@ -307,6 +307,20 @@ def test_absent_split_names_those_there_are(record_set):
     record_set.split("trian")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "1"])
+@pytest.mark.parametrize("size", [None, 5])
+def test_decode_image_equals_pillow(mode, size):
+  noise = np.random.default_rng(0).integers(0, 256, [9, 9, 3], np.uint8)
+  data = io.BytesIO()
+  Image.fromarray(noise).convert(mode).save(data, "PNG")
+  expected = Image.open(data).convert("RGB")
+  expected = np.asarray(expected.resize((size, size), Image.Resampling.BICUBIC) if size else expected)
+  np.testing.assert_array_equal(decode_image(data.getvalue(), size), expected)
+  out = np.zeros_like(expected)
+  assert decode_image(data.getvalue(), size, out) is out
+  np.testing.assert_array_equal(out, expected)
+
+
 def test_decode_image_is_rgb_and_resizes():
   image = decode_image(_png(7), size=4)
   assert image.shape == (4, 4, 3) and (image == 7).all()

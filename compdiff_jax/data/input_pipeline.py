@@ -190,7 +190,8 @@ class _BatchReader:
       moments = b"".join(record["moments"] for record in records)
       batch["moments"] = np.frombuffer(moments, ml_dtypes.bfloat16).reshape(len(records), *self._latents["shape"])
     else:
-      batch["images"] = np.stack(list(self._map(self._decode, records)))
+      batch["images"] = np.empty([len(records), self._image_size, self._image_size, 3], np.uint8)
+      list(self._map(self._decode, records, batch["images"]))
     if self._stored_ids:
       batch["input_ids"] = np.stack([record["input_ids"] for record in records])
     elif self._tokenizer is not None:
@@ -199,15 +200,15 @@ class _BatchReader:
       )
     return batch
 
-  def _decode(self, record: Mapping[str, Any]) -> np.ndarray:
-    return decode_image(record["image"], self._image_size)
+  def _decode(self, record: Mapping[str, Any], out: np.ndarray) -> None:
+    decode_image(record["image"], self._image_size, out)
 
-  def _map(self, function, records):
+  def _map(self, function, *arguments):
     if self._threads < 2:
-      return map(function, records)
+      return map(function, *arguments)
     if self._pool is None:
       self._pool = ThreadPoolExecutor(self._threads)
-    return self._pool.map(function, records)
+    return self._pool.map(function, *arguments)
 
   def __getstate__(self):
     return {**self.__dict__, "_pool": None}
