@@ -24,7 +24,7 @@ import numpy as np
 from compdiff_jax import cli
 from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import SPLITS, RecordSet, decode_image, write_description, write_split
-from data_prep import card
+from data_prep import card, checksums
 from data_prep.dataset import parse_cells
 from data_prep.holdouts import attribute_columns, hold_out
 from data_prep.leaks import Scanner, read_patterns
@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
     _write_csv(directory / "holdout_leaks.csv", _LEAK_COLUMNS, leaks)
     holdout["proof"] = _proof(RecordSet(directory), cells)
     (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
+    checksums.write(directory)
   _report(args.out, holdout)
 
 

@@ -2,12 +2,14 @@
 
 It trusts no code that wrote the set: hashes come from SHA256SUMS, the record format from features.json, counts from
 dataset_info.json and cells.csv. Checked are file hashes, that every record decodes and fits the schema, that every
-image decodes and is a square of one size, unique keys, patients in one split, held-out cells, and all counts.
+image decodes and is a square of one size (or that moments are numbers of the shape in latents.json), unique keys,
+patients in one split, held-out cells, and all counts.
 """
 
 import csv
 import io
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ from data_prep.images import MAX_PIXELS
 _PROG = "python -m data_prep.verify"
 _STATES = ("positive", "negative", "uncertain")
 _BATCH = 64
+_BFLOAT16_EXPONENT = 0x7F80  # all ones: infinity or NaN
 _MAX_SHOWN = 20
 
 
@@ -54,6 +57,8 @@ def verify(directory: Path) -> tuple[dict[str, int], Findings]:
     features = tfds.features.FeaturesDict.from_config(str(directory))
     schema = Schema.load(directory / "schema.json")
     splits = {split["name"]: [int(n) for n in split["shardLengths"]] for split in info["splits"]}
+    latents = directory / "latents.json"
+    moments = math.prod(json.loads(latents.read_text())["shape"]) if latents.exists() else 0
   except (OSError, ValueError, KeyError, TypeError) as error:
     reason = " ".join(str(error).split())
     raise InputError(
@@ -68,7 +73,7 @@ def verify(directory: Path) -> tuple[dict[str, int], Findings]:
   for split, lengths in splits.items():
     for where, record in _records(directory, info["name"], split, lengths, features, found):
       counts[split] += 1
-      for kind in _record_problems(record, schema, sizes):
+      for kind in _record_problems(record, schema, sizes, moments):
         found.add(kind, where)
       key, patient = record["key"], record["patient"]
       if key in keys:
@@ -111,7 +116,10 @@ def _records(
       )
 
 
-def _record_problems(record: dict[str, Any], schema: Schema, sizes: set[tuple[int, int]]) -> Iterator[str]:
+def _record_problems(
+  record: dict[str, Any], schema: Schema, sizes: set[tuple[int, int]], moments: int
+) -> Iterator[str]:
+  """What is wrong with one record. `sizes` collects the sizes of images, `moments` is how many numbers a latent has."""
   if not record["key"] or not record["patient"]:
     yield "no key or no patient"
   if set(record["attributes"]) != set(schema.names):
@@ -129,7 +137,11 @@ def _record_problems(record: dict[str, Any], schema: Schema, sizes: set[tuple[in
       yield f"{field} is no JSON object"
     elif field == "findings" and any(state not in _STATES for state in values.values()):
       yield "a finding is neither positive, negative nor uncertain"
-  if "image" in record:
+  if moments:
+    bits = np.frombuffer(record["moments"], "<u2") if len(record["moments"]) == 2 * moments else None
+    if bits is None or np.any((bits & _BFLOAT16_EXPONENT) == _BFLOAT16_EXPONENT):
+      yield "moments have another shape or are no numbers"
+  else:
     try:
       with Image.open(io.BytesIO(record["image"]), formats=("PNG", "JPEG")) as image:
         if image.width * image.height > MAX_PIXELS:

@@ -10,7 +10,7 @@ from test_dataset import SCHEMA, examples, records, write
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data.records import RecordSet
-from data_prep import holdout
+from data_prep import holdout, verify
 from data_prep.leaks import Scanner, read_patterns
 
 _CELL = "age=40-60,sex=female,group=B"
@@ -72,6 +72,8 @@ def test_earlier_holdouts_are_kept(source, tmp_path):
   _run(source, tmp_path / "one", "--cells", _CELL)
   found = _run(tmp_path / "one", tmp_path / "two", "--cells", "age=0-40,sex=male,group=A")
   assert found["cells"] == [_CELL, "age=0-40,sex=male,group=A"]
+  _, problems = verify.verify(tmp_path / "two")
+  assert not problems.counts
 
 
 @pytest.mark.parametrize("names", [("age", "sex", "group"), ("sex", "group")])
