@@ -34,7 +34,9 @@ def resolve_options(config: ml_collections.ConfigDict, args: argparse.Namespace)
 def main(argv: list[str]) -> None:
   parser = cli.parser("compdiff sample", __doc__)
   parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
-  parser.add_argument("--plan", type=Path, required=True, help="CSV with text, one column per attribute, and seed")
+  parser.add_argument(
+    "--plan", type=Path, required=True, help="CSV with text, one column per attribute, seed, negative"
+  )
   parser.add_argument("--out", type=Path, required=True, help="directory for the images and manifest.csv")
   parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or last parameters")
   parser.add_argument("--step", type=int, default=None, help="checkpoint; the latest if not given")

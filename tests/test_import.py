@@ -166,6 +166,7 @@ def test_round_trip_is_bit_identical(exported, tmp_path, dtype):
 def test_torch_loads_what_was_imported_and_exported(exported, models):
   """So import -> export loses nothing either."""
   pipe = diffusers.DiffusionPipeline.from_pretrained(exported / "float32", trust_remote_code=True)
+  assert type(pipe.scheduler) is diffusers.PNDMScheduler
   for name, model in models.items():
     for key, value in getattr(pipe, name).state_dict().items():
       assert torch.equal(value, model.state_dict()[key]), f"{name} {key}"

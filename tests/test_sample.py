@@ -141,6 +141,7 @@ def test_exported_run_loads_in_diffusers_and_draws(trained, tmp_path, fails):
   export.main([f"--workdir={trained}", f"--out={tmp_path / 'export'}", "--ema"])
   pipe = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
   pipe.set_progress_bar_config(disable=True)
+  assert type(pipe.scheduler).__name__ == "DDIMScheduler"  # that of config.sample
   draw = lambda **attributes: np.asarray(  # noqa: E731
     pipe("clear", num_inference_steps=2, generator=torch.Generator().manual_seed(0), **attributes).images[0]
   )

@@ -185,6 +185,7 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
     ("--config.logging.checkpoint_every=5", "multiple of logging.log_every"),
     ("--config.train.warmup_steps=9999", "must be smaller than train.steps"),
     ("--config.scheduler.prediction_type=eps", "prediction_type"),
+    ("--config.sample.sampler=eular", "did you mean 'euler'"),
   ],
 )
 def test_bad_values_are_refused_before_anything_is_written(workspace, tmp_path, fails, override, words):
