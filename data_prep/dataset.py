@@ -43,7 +43,7 @@ FRACTIONS = (0.8, 0.1, 0.1)
 MAX_REJECTED = 0.05
 REJECTED_COLUMNS = ("file", "row", "reason")
 SHARD_MIB = 300
-_MEASURED = 32  # images that the size of the shards is estimated from
+_MEASURED = 32  # images, at most one of 32, that the size of the shards is estimated from
 
 
 def patient_hash(patient: str, salt: str) -> tuple[str, float]:
@@ -275,7 +275,7 @@ def _shards(
 ) -> dict[str, list[list[dict[str, Any]]]]:
   """{split: rows of each shard}, in the order of the rows. Sizes follow from a few images spread over the data."""
   sizes = []
-  for row in rows[:: -(-len(rows) // _MEASURED)]:
+  for row in rows[:: max(32, math.ceil(len(rows) / _MEASURED))]:
     with contextlib.suppress(RowError):
       sizes.append(len(encode(row["image"])) + len(row["text"]) + len(row["factors"]))
   per_shard = max(1.0, mib * 2**20 / max(1.0, float(np.mean(sizes or [1.0]))))
