@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from compdiff_jax.cli import InputError
 
 # What writing may hold beside the arrays; without a bound Orbax takes as much again as the whole state.
-_WRITE_BYTES = 2**29
+_WRITE_BYTES = 2**28
 
 
 class Checkpoints:

@@ -22,7 +22,7 @@ from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.interop import keys, reference
 from compdiff_jax.interop.model_card import model_card
-from compdiff_jax.interop.weights import save_component, save_weights
+from compdiff_jax.interop.weights import save_weights, write_component
 
 # The classes of torch_files/conditioner.py.
 CONDITIONER_CLASSES = {
@@ -145,7 +145,8 @@ def write_export(
       fields |= {"schema": schema.to_json(), "attributes": list(used), "prompt_attributes": list(prompt_attributes)}
       components["conditioner"] = fields, conditioner_params, conditioner_class
     for name, (component_config, params, class_name) in components.items():
-      save_component(directory / name, component_config, params, class_name, dtype, max_bytes)
+      (directory / name).mkdir()
+      write_component(directory / name, component_config, params, class_name, dtype, max_bytes)
     if for_reference:
       folder = directory / reference.FOLDERS[config.kind]
       folder.mkdir()
