@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,11 +10,13 @@ from typing import Any, Protocol
 from compdiff_jax import cli
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.metrics import Progress
 from data_prep import dataset, scrub
 from data_prep.images import ImageOptions
 from data_prep.rows import RowError
 from data_prep.schemas import CHEXPERT_LABELS
 
+_SECONDS = 5.0  # between two reports of progress
 _STATES = {"1": "positive", "0": "negative", "-1": "uncertain"}
 
 
@@ -21,15 +24,18 @@ class Builder(Protocol):
   """A public data set: iterating gives its rows (data_prep/rows.py), `encode` makes their images.
 
   Attributes:
-    name, description, schema: as `write_dataset` takes them.
+    name, description, licence, schema: as `write_dataset` takes them.
     selected: how the rows were chosen from the tables, one sentence for the terminal and the card.
   """
 
   name: str
   description: str
+  licence: str
   schema: Schema
   selected: str
   encode: Callable[[Any], bytes]
+
+  def __len__(self) -> int: ...
 
   def __iter__(self) -> Iterator[Mapping[str, Any]]: ...
 
@@ -94,13 +100,26 @@ def write(prog: str, builder: Builder, args: argparse.Namespace, argv: Sequence[
   dataset.write_dataset(
     name=builder.name,
     schema=builder.schema,
-    examples=builder,
+    examples=_shown(builder),
     encode=builder.encode,
     description=f"{builder.description} {builder.selected}",
+    licence=builder.licence,
     size=args.size,
     command=dataset.command_line(prog, argv),
     **dataset.options(args, builder.schema),
   )
+
+
+def _shown(builder: Builder) -> Iterator[Mapping[str, Any]]:
+  """The rows; reading hundreds of thousands of reports takes minutes, so that one sees how far it is."""
+  progress = Progress(len(builder), 0, "row")
+  last = time.monotonic()
+  for number, row in enumerate(builder, start=1):
+    yield row
+    if time.monotonic() - last > _SECONDS:
+      progress.update(number)
+      last = time.monotonic()
+  progress.close()
 
 
 def rows(table: Iterator[tuple[str, int, Callable[[], dict[str, Any]]]]) -> Iterator[dict[str, Any]]:

@@ -40,10 +40,12 @@ def write_card(
   rejected: Rows,
   read_image: Callable[[Mapping[str, Any]], bytes],
   repeated: Rows | None = None,
+  licence: str = "",
 ) -> None:
   """Writes the files of the card into `directory`.
 
   `read_image` gives the encoded image of a row; `repeated` are the lines of duplicates.csv, if they were looked for.
+  `licence` holds for all images; licences of single images are in their `attribution`.
   """
   cells = count_cells(splits, schema)
   with open(directory / "cells.csv", "w", newline="", encoding="utf-8") as file:
@@ -65,7 +67,7 @@ def write_card(
     _heat_map(directory, schema, every),
     f"## Repeated images\n\n{duplicates.summary(repeated)}" if repeated is not None else "",
     _rejected_section(rejected),
-    _licence_section(splits),
+    _licence_section(licence, splits),
     "## Intended use\n\nResearch on generative models and their fairness. Not for clinical use. Patient ids are"
     " stored as salted SHA-256 hashes; all images of a patient are in one split. rejected.csv names source files, which"
     " may name patients: leave it out when the data set is passed on. `python -m data_prep.verify` checks all of this.",
@@ -218,12 +220,11 @@ def _rejected_section(rejected: Rows) -> str:
   )
 
 
-def _licence_section(splits: Mapping[str, Rows]) -> str:
+def _licence_section(licence: str, splits: Mapping[str, Rows]) -> str:
   counts = Counter(
     row["attribution"]["licence"] for rows in splits.values() for row in rows if "licence" in row["attribution"]
   )
-  if not counts:
-    return ""
-  return "## Licences\n\nPer image in [attribution.csv](attribution.csv).\n\n" + _table(
-    ["licence", "images"], counts.most_common()
-  )
+  parts = [licence] if licence else []
+  if counts:
+    parts += ["Per image in [attribution.csv](attribution.csv):", _table(["licence", "images"], counts.most_common())]
+  return "\n\n".join(["## Licence", *parts]) if parts else ""

@@ -32,10 +32,8 @@ _PATIENT = re.compile(r"(?:^|/)(patient\d+)/")
 
 class CheXpert:
   name = "chexpert"
-  description = (
-    "Chest radiographs of CheXpert with the labels of their reports, age and sex (Irvin et al., AAAI 2019). Stanford's"
-    " research use agreement holds for the images, this data set and what is trained from it."
-  )
+  description = "Chest radiographs of CheXpert with the labels of their reports, age and sex (Irvin et al., AAAI 2019)."
+  licence = "Stanford's research use agreement holds for the images, this data set and what is trained from it."
 
   def __init__(self, options: builder.Options, demographics: Path | None, lateral: bool):
     self._options = options
@@ -50,6 +48,9 @@ class CheXpert:
     found = {race for race in self._races.values()}
     self.schema = demographic_schema(CHEST_RACES, found) if demographics else Schema((AGE, SEX))
     self.encode = FolderImages(str(options.source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return builder.rows(

@@ -143,6 +143,7 @@ def write_dataset(
   max_rejected: float = MAX_REJECTED,
   fractions: Sequence[float] = FRACTIONS,
   salt: str | None = None,
+  licence: str = "",
   runner: Runner = HERE,
   shard_mib: float = SHARD_MIB,
 ) -> dict[str, int]:
@@ -162,6 +163,7 @@ def write_dataset(
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the
       possible patient ids can undo the hash. Give a secret one for data that leaves the house.
+    licence: what holds for all images, for the card.
     runner: where the shards are made.
     shard_mib: approximate size of a shard.
 
@@ -231,6 +233,7 @@ def write_dataset(
       rejected=rejected,
       read_image=lambda row: stored[row["key"]]()["image"],
       repeated=repeated,
+      licence=licence,
     )
     infos = [split_info(directory, name, split, done[split]) for split in splits]
     write_description(directory, name, schema, infos, description)

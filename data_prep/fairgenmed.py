@@ -52,9 +52,9 @@ _REFRACTION = {
 class FairGenMed:
   name = "fairgenmed"
   description = (
-    "SLO fundus images of Harvard FairGenMed with glaucoma, vision, cup-disc ratio and refraction, age, sex and race"
-    " (CC BY-NC-ND 4.0)."
+    "SLO fundus images of Harvard FairGenMed with glaucoma, vision, cup-disc ratio and refraction, age, sex and race."
   )
+  licence = "CC BY-NC-ND 4.0."
 
   def __init__(self, options: builder.Options):
     self._options = options
@@ -63,6 +63,9 @@ class FairGenMed:
     self.selected = f"{len(self._rows)} rows of {path.name}."
     self.schema = demographic_schema(FUNDUS_RACES, recorded_races(row.values["race"] for row in self._rows))
     self.encode = NpzImages(str(options.source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return builder.rows((row.values["filename"], row.number, functools.partial(self._row, row)) for row in self._rows)

@@ -34,8 +34,9 @@ from data_prep.tables import TableRow, find_table, read_lookup, read_rows
 _PROG = "python -m data_prep.mimic_cxr"
 _RELEASE = "mimic-cxr-2.0.0"
 _SPLITS = {"train": "train", "validate": "val", "val": "val", "test": "test"}
-_CREDIT = (
-  "PhysioNet credentialed data: its data use agreement holds for the images, this data set and what is trained from it."
+_LICENCE = (
+  "PhysioNet Credentialed Health Data License 1.5.0: its data use agreement holds for the images, this data set and"
+  " what is trained from it."
 )
 
 
@@ -43,7 +44,8 @@ class MimicCxr:
   """The official layout: metadata, split and label tables, report texts, demographics of MIMIC-IV."""
 
   name = "mimic_cxr"
-  description = f"Chest radiographs of MIMIC-CXR with the impression of their report. {_CREDIT}"
+  description = "Chest radiographs of MIMIC-CXR with the impression of their report."
+  licence = _LICENCE
 
   def __init__(self, options: builder.Options, mimic_iv: Path | None, views: tuple[str, ...], labels: str):
     self._options = options
@@ -61,6 +63,9 @@ class MimicCxr:
     self._reports = _Reports(source)
     self.schema = demographic_schema(CHEST_RACES, {race for *_, race in self._people.values()})
     self.encode = FolderImages(str(source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     def table():
@@ -105,7 +110,8 @@ class PreparedTable:
   """The prepared table of the reference. Columns give the demographics, `final_sentence` gives the text alone."""
 
   name = "mimic_cxr"
-  description = f"Chest radiographs of MIMIC-CXR in the selection of the CompDiff reference. {_CREDIT}"
+  description = "Chest radiographs of MIMIC-CXR in the selection of the CompDiff reference."
+  licence = _LICENCE
 
   def __init__(self, options: builder.Options, csv: Path):
     self._options = options
@@ -114,6 +120,9 @@ class PreparedTable:
     self.selected = f"{len(self._rows)} rows of {csv.name}."
     self.schema = demographic_schema(CHEST_RACES, recorded_races(row.values["ethnicity"] for row in self._rows))
     self.encode = FolderImages(str(options.source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     home = f"{self._options.source}/"

@@ -36,8 +36,12 @@ LABELS = (
 class NihCxr14:
   name = "nih_cxr14"
   description = (
-    "Frontal chest radiographs of NIH ChestX-ray14 with text-mined findings, age, sex and view; race is not recorded."
-    " Provided by the NIH Clinical Center (nihcc.app.box.com/v/ChestXray-NIHCC; Wang et al., CVPR 2017)."
+    "Frontal chest radiographs of NIH ChestX-ray14 with text-mined findings, age, sex and view (Wang et al., CVPR"
+    " 2017); race is not recorded."
+  )
+  licence = (
+    "Free use with attribution: provided by the NIH Clinical Center (nihcc.app.box.com/v/ChestXray-NIHCC), to be"
+    " acknowledged with the paper."
   )
   schema = Schema((AGE, SEX, VIEW))
 
@@ -51,6 +55,9 @@ class NihCxr14:
     if not self._folders:
       raise InputError(f"{options.source} has no images/ and no images_001/; check --source")
     self.encode = FolderImages(str(options.source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return builder.rows(

@@ -50,7 +50,8 @@ class Sample(NamedTuple):
 
 class ReferenceTars:
   name = "reference"
-  description = "The samples of CompDiff's WebDataset shards. The terms of the data set they were made from hold."
+  description = "The samples of CompDiff's WebDataset shards."
+  licence = "The terms of the data set that the shards were made from."
 
   def __init__(self, options: builder.Options):
     self._options = options
@@ -66,6 +67,9 @@ class ReferenceTars:
     races = recorded_races(str(values.get("race") or "") for _, values in metadata)
     self.schema = demographic_schema(CHEST_RACES if kinds == {"chest"} else FUNDUS_RACES, races)
     self.encode = TarImages(str(options.source), options.images)
+
+  def __len__(self) -> int:
+    return len(self._samples)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     return builder.rows((f"{s.tar}::{s.key}", s.number, functools.partial(self._row, s)) for s in self._samples)

@@ -3,6 +3,7 @@
 A config file (configs/data/*.py) maps columns to attributes, text, findings and patient id. Its keys:
 
   name, description   of the data set
+  licence             what holds for all images, for the card; "" where `attribution` has a column "licence"
   size, resize        target size in pixels; "pad" (to a square, zeros) or "crop" (centre)
   jpeg_quality        1 to 100, or 0 to store PNG
   image, patient      columns: path relative to the image folder, patient id
@@ -38,11 +39,19 @@ from data_prep.images import FolderImages, ImageOptions
 from data_prep.rows import RowError
 from data_prep.tables import read_table
 
+_KEYS = (
+  *("name", "description", "licence", "size", "resize", "jpeg_quality", "image", "patient", "unknown", "attributes"),
+  *("text", "findings", "attribution"),
+)
+
 
 class TableReader:
   """The rows of a table, as data_prep/rows.py describes them; `encode` makes their images."""
 
   def __init__(self, csv_path: str | Path, images: str | Path, config: ml_collections.ConfigDict):
+    for key in _KEYS:
+      if key not in config:
+        raise InputError(f"config.{key} is missing; configs/data/chest_xray.py has every key")
     if not Path(images).is_dir():
       raise InputError(
         f"image folder {images} does not exist; give the folder that the column {config.image!r} refers to"
@@ -168,6 +177,7 @@ def main(argv: list[str]) -> None:
     examples=reader,
     encode=reader.encode,
     description=config.description,
+    licence=config.licence,
     size=config.size,
     command=dataset.command_line("python -m data_prep.table", argv),
     **dataset.options(args, reader.schema),

@@ -20,7 +20,8 @@ from compdiff_jax import cli
 from compdiff_jax.data.csv_file import read_csv
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.records import RecordSet, decode_image
-from data_prep import chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14, reference_tars
+from data_prep import builder, chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14, reference_tars
+from data_prep.images import ImageOptions
 
 SHARED = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parent.parent.parent / "shared")) / "data"
 
@@ -65,6 +66,22 @@ def check(source, truth, attributes=("age", "sex", "race")) -> dict[str, dict]:
   return records
 
 
+def test_images_can_be_made_in_another_process(source):
+  """What makes images is picklable, and what it gives depends on its argument alone."""
+  for name, make in {
+    "nih_cxr14": nih_cxr14.NihCxr14,
+    "fairgenmed": fairgenmed.FairGenMed,
+    "reference_tars": reference_tars.ReferenceTars,
+  }.items():
+    getattr(prep_layouts, name)(source / name)
+    made = make(builder.Options(source / name, ImageOptions(16), official=True, max_words=60, rules=()))
+    rows = pickle.loads(pickle.dumps(list(made)))
+    encode = pickle.loads(pickle.dumps(made.encode))
+    assert len(rows) == len(made) and repr(encode) == repr(made.encode)
+    backwards = [encode(row["image"]) for row in rows[::-1]]
+    assert backwards[::-1] == [made.encode(row["image"]) for row in rows] and len(set(backwards)) > 10
+
+
 def error_line(module, source, capsys, *options) -> str:
   capsys.readouterr()
   assert build(module, source, *options) == 2
@@ -94,6 +111,7 @@ def test_mimic_cxr(source, layout, capsys):
   assert "48 of 60 images selected (view PA or AP)" in output and "48 rows in = 48 written + 0 rejected" in output
   records = check(source, truth)
   assert RecordSet(source.parent / "out").schema["race"].values == ("white", "black", "asian", "hispanic", "other")
+  assert "## Licence\n\nPhysioNet Credentialed" in (source.parent / "out/README.md").read_text()
   assert {"", "other", "white"} <= {record["attributes"]["race"] for record in records.values()}
   # The drawn chest is there. DICOM: MONOCHROME1 (even patients) shows the same numbers inverted.
   for i, file in enumerate(truth):

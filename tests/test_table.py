@@ -204,7 +204,7 @@ def test_taken_output(source, capsys):
   assert (source / "out/precious").read_text() == "data" and len(list((source / "out").iterdir())) == 1
 
 
-@pytest.mark.parametrize("bad", ["values", "mapping", "pattern", "field"])
+@pytest.mark.parametrize("bad", ["values", "mapping", "pattern", "field", "key"])
 def test_config_mistakes(source, capsys, bad):
   text = Path(CHEST).read_text()
   change = {
@@ -212,6 +212,7 @@ def test_config_mistakes(source, capsys, bad):
     "mapping": ('"F": "female"', '"F": "femal"'),
     "pattern": (r'(r"\bdiscussion:.*$"', r'(r"\bdiscussion(:.*$"'),
     "field": ('"unit": "year"', '"units": "year"'),
+    "key": ('  config.licence = ""\n', ""),
   }[bad]
   assert change[0] in text
   (source / "config.py").write_text(text.replace(*change))

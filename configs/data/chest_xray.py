@@ -31,6 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     "Frontal chest X-rays with findings, notes, age, sex and view, from the public COVID-19 chest X-ray collection of"
     " Cohen et al. (2020). Toy scale: no clinical claim can rest on it."
   )
+  config.licence = ""
   config.size = 64
   config.resize = "pad"
   config.jpeg_quality = 0

@@ -29,9 +29,10 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.name = "fundus"
   config.description = (
-    "Colour fundus photographs of both eyes, graded for diabetic retinopathy and maculopathy (DR-image-dataset,"
-    " academic use with attribution). Toy scale: no clinical claim can rest on it."
+    "Colour fundus photographs of both eyes, graded for diabetic retinopathy and maculopathy (DR-image-dataset)."
+    " Toy scale: no clinical claim can rest on it."
   )
+  config.licence = "Academic use with attribution (github.com/SRahimDR/DR-image-dataset)."
   config.size = 64
   config.resize = "pad"
   config.jpeg_quality = 0
