@@ -192,8 +192,10 @@ def _run_processes(tasks: Sequence[Task], workers: int, meter: _Meter) -> None:
         for future in done:
           future.result()
         meter.set(counter.value)
-    finally:
+    except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
+      raise
+    # Leaving the pool waits for its processes: one that starts late still looks for the counter.
 
 
 # ---- Apache Beam
