@@ -56,7 +56,7 @@ def test_fd_of_a_set_with_itself_is_zero(n):
   x = correlated(np.random.default_rng(2), n, 32)
   trace = x.var(0, ddof=1).sum()
   assert abs(2 * trace - 2 * cross_trace_singular(x, x)) < 1e-12 * trace
-  assert abs(frechet_distance(x, x).value) < 1e-12 * trace
+  assert abs(frechet_distance(x, x).value) < 1e-11 * trace
   assert frechet_distance(x, x).rank_deficient == (n == 10)
 
 
