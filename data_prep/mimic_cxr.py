@@ -125,7 +125,8 @@ class PreparedTable:
     return len(self._rows)
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
-    home = f"{self._options.source}/"
+    # An absolute path is allowed as long as it lies in the source folder.
+    home = f"{self._options.source.absolute()}/"
     table = ((row.values["image"].removeprefix(home), row) for row in self._rows)
     return builder.rows((file, row.number, functools.partial(self._row, row, file)) for file, row in table)
 

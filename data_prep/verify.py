@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,14 @@ from PIL import Image
 from compdiff_jax import cli
 from compdiff_jax.cli import InputError, RunError
 from compdiff_jax.conditioning.schema import STATES, Attribute, Schema
+from compdiff_jax.metrics import Progress
 from data_prep import checksums
 from data_prep.images import MAX_PIXELS
 
 _PROG = "python -m data_prep.verify"
 _STATES = ("positive", "negative", "uncertain")
 _BATCH = 64
+_SECONDS = 5.0  # between two reports of progress
 _BFLOAT16_EXPONENT = 0x7F80  # all ones: infinity or NaN
 _MAX_SHOWN = 20
 
@@ -47,8 +50,8 @@ class Findings:
       self.examples.append(f"{where}: {kind}")
 
 
-def verify(directory: Path) -> tuple[dict[str, int], Findings]:
-  """(records per split, what is wrong)."""
+def verify(directory: Path, show: bool = False) -> tuple[dict[str, int], Findings]:
+  """(records per split, what is wrong). `show` reports progress, for a set whose images take long to decode."""
   found = Findings()
   for problem in checksums.problems(directory):
     found.add(problem.partition(": ")[2] or problem, problem.partition(": ")[0])
@@ -70,9 +73,14 @@ def verify(directory: Path) -> tuple[dict[str, int], Findings]:
   cells: Counter[tuple[str, ...]] = Counter()
   counts: Counter[str] = Counter()
   sizes: set[tuple[int, int]] = set()
+  progress = Progress(sum(map(sum, splits.values())), 0, "record")
+  last = time.monotonic()
   for split, lengths in splits.items():
     for where, record in _records(directory, info["name"], split, lengths, features, found):
       counts[split] += 1
+      if show and time.monotonic() - last > _SECONDS:
+        progress.update(counts.total())
+        last = time.monotonic()
       wrong = list(_record_problems(record, schema, sizes, moments))
       for kind in wrong:
         found.add(kind, where)
@@ -88,6 +96,7 @@ def verify(directory: Path) -> tuple[dict[str, int], Findings]:
       cells[(*(_level_name(schema[name], level) for name, level in levels.items()), split)] += 1
       if split != "test" and any(all(levels[n] == i for n, i in cell.items()) for cell in held_out):
         found.add("lies in a held-out cell", where)
+  progress.close()
   if len(sizes) > 1:
     found.add(f"images of {len(sizes)} sizes: {', '.join(f'{w}x{h}' for w, h in sorted(sizes))}", str(directory))
   _check_counts(directory, schema, splits, counts, cells, found)
@@ -200,7 +209,7 @@ def main(argv: list[str]) -> None:
   parser = cli.parser(_PROG, "Reads every record of a finished data set again and checks it.")
   parser.add_argument("directory", type=Path, help="data set directory")
   directory = parser.parse_args(argv).directory
-  counts, found = verify(directory)
+  counts, found = verify(directory, show=True)
   for split, count in counts.items():
     print(f"  {split:5s} {count:7d} records read")
   for line in found.examples[:_MAX_SHOWN]:
