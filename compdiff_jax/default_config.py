@@ -59,6 +59,8 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
     }
   )
   config.conditioner = conditioner(kind)
+  # Low-rank factors of these layers of the UNet are trained instead of the UNet; rank 0: the UNet itself is.
+  config.lora = ml_collections.ConfigDict({"rank": 0, "scale": 1.0, "targets": ("to_q", "to_k", "to_v", "to_out.0")})
 
   # A conditioner without a latent has no `kl` and no `composition`, one without heads no `auxiliary`.
   config.loss = ml_collections.ConfigDict(

@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from compdiff_jax import cli
+from compdiff_jax import cli, sharding
 from compdiff_jax.cli import InputError
 from compdiff_jax.interop.export_directory import LAYOUTS, write_export
 from compdiff_jax.interop.safetensors_file import DTYPES, parse_size
 from compdiff_jax.interop.schedulers import to_diffusers
+from compdiff_jax.interop.weights import save_weights
 from compdiff_jax.metrics import read_metrics
 from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.workdir import Run, open_run
@@ -29,12 +30,17 @@ def main(argv: list[str]) -> None:
     "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="'reference' is for the pipeline of the PyTorch reference"
   )
   parser.add_argument("--report", type=Path, help="directory of compdiff evaluate, whose figures the model card shows")
+  parser.add_argument("--lora", action="store_true", help="only the LoRA of the UNet, for pipe.load_lora_weights(DIR)")
   args = parser.parse_args(argv)
 
   max_bytes = parse_size(args.max_shard_size) if args.max_shard_size else None
   metrics = _metrics(args.report) if args.report else {}
   run = open_run(args.workdir)
   weights = "imported" if run.source else "raw" if args.raw else "ema"
+  if args.lora:
+    step = _export_lora(run, args.out, "raw" if args.raw else "ema", args.step, args.dtype)
+    print(f"LoRA of step {step} ({weights}) in {args.out}")
+    return
   step, params = run.load_params("raw" if args.raw else "ema", args.step)
   model = run.model
   write_export(
@@ -56,6 +62,17 @@ def main(argv: list[str]) -> None:
     layout=args.layout,
   )
   print(f"diffusers directory of step {step} ({weights}) in {args.out}")
+
+
+def _export_lora(run: Run, out: Path, weights: str, step: int | None, dtype: str) -> int:
+  """Writes the low-rank factors of a run under the names that diffusers and PEFT have for them."""
+  if run.model.lora is None:
+    raise InputError(f"--lora: {run.workdir} has trained the UNet itself (lora.rank is 0); leave the option out")
+  step, trained = run.load_trained(weights, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}), step)
+  with cli.whole_directory(out) as directory, cli.writing(out):
+    factors = run.model.lora.unscaled(trained["lora"])
+    save_weights(directory, "pytorch_lora_weights", {f"unet.{name}": x for name, x in factors.items()}, dtype)
+  return step
 
 
 def _described(run: Run, step: int, weights: str) -> dict[str, Any]:

@@ -17,13 +17,14 @@ from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop.weights import load_component, read_config
 from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from compdiff_jax.models.functional import Functional
+from compdiff_jax.models.lora import LoRA
 from compdiff_jax.models.unet import UNet2DCondition, UNetConfig
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 
 # {component: {dotted parameter name: array}}
 Params = Mapping[str, Mapping[str, jax.Array]]
 
-COMPONENTS = ("unet", "vae", "text_encoder", "conditioner")
+COMPONENTS = ("unet", "vae", "text_encoder", "conditioner", "lora")
 
 
 class Context(NamedTuple):
@@ -56,6 +57,7 @@ class LatentDiffusion:
     unet, vae, text_encoder, conditioner: the networks.
     trained: the components that training changes; the others are frozen.
     image_size: side of the square images in pixels.
+    lora: low-rank factors that are trained instead of the UNet, or None.
   """
 
   schema: Schema
@@ -70,6 +72,7 @@ class LatentDiffusion:
   conditioner: Functional
   trained: tuple[str, ...]
   image_size: int
+  lora: LoRA | None = None
 
   @classmethod
   def from_config(cls, config: ml_collections.ConfigDict, schema: Schema) -> "LatentDiffusion":
@@ -119,7 +122,15 @@ class LatentDiffusion:
           " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
         )
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
-    trained = ["unet"]
+    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, rngs=rngs))
+    lora = None
+    if config.lora.rank:
+      if not config.weights.unet:
+        raise InputError(
+          "lora.rank adapts a UNet that stays as it is: set config.weights.unet to a diffusers directory"
+        )
+      lora = LoRA(unet.shapes, tuple(config.lora.targets), config.lora.rank, config.lora.scale)
+    trained = ["lora" if lora else "unet"]
     if conditioner.shapes:
       trained.append("conditioner")
     if config.train_text_encoder:
@@ -131,12 +142,13 @@ class LatentDiffusion:
       vae_config=vae_config,
       text_config=text_config,
       conditioner_config=conditioner_config,
-      unet=Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, rngs=rngs)),
+      unet=unet,
       vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=dtype, rngs=rngs)),
       text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, rngs=rngs)),
       conditioner=conditioner,
       trained=tuple(trained),
       image_size=config.data.image_size,
+      lora=lora,
     )
 
   @property
@@ -144,12 +156,13 @@ class LatentDiffusion:
     side = self.image_size // self.vae_config.downsampling
     return side, side, self.vae_config.latent_channels
 
-  def component(self, name: str) -> Functional:
+  def component(self, name: str) -> Functional | LoRA:
     return getattr(self, name)
 
   def load_frozen(self, weights: Mapping[str, str]) -> dict[str, Any]:
     """The parameters that training does not change, read from the directories of `config.weights`."""
     frozen = [name for name in ("vae", "text_encoder") if name not in self.trained]
+    frozen += ["unet"] if self.lora else []
     return {name: load_component(weights[name], self.component(name)) for name in frozen}
 
   def initial_params(self, key: jax.Array, weights: Mapping[str, str], given: Params | None = None) -> dict[str, Any]:
@@ -168,6 +181,13 @@ class LatentDiffusion:
         # A key of its own for each component: training one more does not change how the others start.
         params[name] = component.init(jax.random.fold_in(key, COMPONENTS.index(name)))
     return params
+
+  def assemble(self, params: Params) -> Params:
+    """All components as the networks take them: low-rank factors are merged into the UNet."""
+    if self.lora is None:
+      return params
+    rest = {name: own for name, own in params.items() if name != "lora"}
+    return {**rest, "unet": self.lora.merge(params["unet"], params["lora"])}
 
   def moments(self, params: Params, images: jax.Array) -> jax.Array:
     """The VAE's posterior, mean and log-variance: images uint8 [B, H, W, 3] -> [B, h, w, 2c]."""

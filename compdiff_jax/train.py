@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
         pending, clock, data_wait = [], time.monotonic(), 0.0
 
       if step % config.logging.sample_every == 0:
-        draw = functools.partial(generate, {**frozen, **state.ema})
+        draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
         text, negative = config.sample.text, config.sample.negative
         picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
         (args.workdir / "samples").mkdir(exist_ok=True)

@@ -135,7 +135,7 @@ class Run:
         )
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     step, trained = self.load_trained(weights, mesh, step)
-    return step, {**jax.device_put(frozen, sharding.replicated(mesh)), **trained}
+    return step, self.model.assemble({**jax.device_put(frozen, sharding.replicated(mesh)), **trained})
 
   def load_trained(self, weights: str, mesh: Mesh, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, the parameters in the checkpoint), split over the axis `fsdp` of the mesh.

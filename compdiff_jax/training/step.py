@@ -95,7 +95,7 @@ def make_loss(
 
   def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Every loss and metric as (values [b], weight [b])."""
-    everything = {**frozen, **params}
+    everything = model.assemble({**frozen, **params})
     keys = rows["keys"]
     text = model.encode_text(everything, rows["input_ids"])
     context, output = model.join_context(everything, text, rows["attributes"], keys["conditioner"])
@@ -112,7 +112,7 @@ def make_loss(
     if options.input_perturbation:
       added = noise + options.input_perturbation * _normal(keys["input_perturbation"], model.latent_shape)
     noisy = objective.add_noise(model.schedule, latents, added, timesteps)
-    prediction = model.unet(params["unet"], noisy, timesteps, *context)
+    prediction = model.unet(everything["unet"], noisy, timesteps, *context)
     error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
     found = loss_terms(output)
     if options.min_snr_gamma:
