@@ -125,6 +125,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "eta": 0.0,
       "karras": False,
       "guidance": 7.5,
+      "guidance_parts": "",  # weights of parts that differ, as "demographics=4,age=2" (sampling/guidance.py)
       "guidance_rescale": 0.0,
       "negative": "",
       "batch_size": 16,

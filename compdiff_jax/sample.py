@@ -12,6 +12,7 @@ from compdiff_jax import cli, default_config
 from compdiff_jax.diffusion.samplers import DEFAULT_SPACINGS, SPACINGS, make_table
 from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
+from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate, run_job
 from compdiff_jax.sampling.plan import read_plan
 from compdiff_jax.sampling.sampler import sampler_from_config
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--karras", action="store_true", default=None, help="Karras noise levels: dpmpp_2m, euler, unipc")
   parser.add_argument("--guidance", type=float, default=None, help="guidance scale; the run's config if not given")
   parser.add_argument(
+    "--guidance_parts", metavar="WEIGHTS", default=None, help="other weights of parts, as 'demographics=4,age=2'"
+  )
+  parser.add_argument(
     "--guidance_rescale", type=float, default=None, help="0 to 1; against overexposure at high guidance"
   )
   parser.add_argument("--negative", default=None, help="negative prompt of the rows whose column `negative` is empty")
@@ -63,6 +67,7 @@ def main(argv: list[str]) -> None:
     raise cli.InputError(f"--batch_size {options.batch_size} must be at least 1")
   if not 0 <= options.guidance_rescale <= 1:
     raise cli.InputError(f"--guidance_rescale {options.guidance_rescale:g} must lie in 0 to 1")
+  guidance = parse_guidance(options.guidance, options.guidance_parts, run.model)
   schema = run.model.schema
   rows = read_plan(args.plan, schema)
   rows = [dataclasses.replace(row, negative=row.negative or options.negative) for row in rows]
@@ -72,7 +77,7 @@ def main(argv: list[str]) -> None:
     run.tokenizer,
     prompt_attributes=tuple(run.config.prompt_attributes),
     table=table,
-    guidance=options.guidance,
+    guidance=guidance,
     guidance_rescale=options.guidance_rescale,
     batch_size=options.batch_size,
   )
@@ -88,6 +93,7 @@ def main(argv: list[str]) -> None:
     "eta": sampler.eta,
     "karras": sampler.karras,
     "guidance": options.guidance,
+    "guidance_parts": options.guidance_parts,
     "guidance_rescale": options.guidance_rescale,
   }
   progress = None

@@ -18,6 +18,7 @@ from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.metrics import MetricWriter, Progress
 from compdiff_jax.sampling.gallery import sample_grid
+from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate
 from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.training.checks import check_finite, check_intervals, print_summary
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> None:
     config = origin.start(config, schema)
   model = LatentDiffusion.from_config(config, schema)
   sampler_table = make_table(sampler_from_config(config.sample), model.schedule, config.sample.num_steps)
+  guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, model)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   optimizer = make_optimizer(config.train)
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> None:
     tokenizer,
     prompt_attributes=tuple(config.prompt_attributes),
     table=sampler_table,
-    guidance=config.sample.guidance,
+    guidance=guidance,
     guidance_rescale=config.sample.guidance_rescale,
     batch_size=config.sample.batch_size,
   )

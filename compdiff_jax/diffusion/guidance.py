@@ -1,4 +1,4 @@
-"""Guidance turns two conditionings into one prediction function for the samplers."""
+"""Guidance turns several conditionings into one prediction function for the samplers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,18 +28,7 @@ def classifier_free_guidance(
     scale: guidance weight, a scalar.
     rescale: 0 leaves the standard deviation, 1 makes it that of out_c.
   """
-  context = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), unconditional, conditional)
-
-  def predict(sample, timesteps):
-    both = model(jnp.concatenate([sample, sample]), jnp.concatenate([timesteps, timesteps]), context)
-    out_unconditional, out_conditional = jnp.split(both.astype(jnp.float32), 2)
-    guided = out_unconditional + scale * (out_conditional - out_unconditional)
-    if not rescale:
-      return guided
-    std = lambda output: jnp.std(output, axis=(1, 2, 3), keepdims=True)  # noqa: E731
-    return guided * (1 - rescale + rescale * std(out_conditional) / std(guided))
-
-  return predict
+  return composed_guidance(model, [unconditional, conditional], [(1, 0, scale)], rescale)
 
 
 def composed_guidance(

@@ -19,6 +19,7 @@ from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import Tokenizer
 from compdiff_jax.diffusion.samplers import Table
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.sampling.guidance import Guidance
 from compdiff_jax.sampling.plan import PlanRow
 from compdiff_jax.sampling.sampler import make_sampler
 
@@ -32,7 +33,7 @@ def make_generate(
   *,
   prompt_attributes: Sequence[str],
   table: Table,
-  guidance: float,
+  guidance: Guidance,
   guidance_rescale: float,
   batch_size: int,
 ) -> Callable[..., np.ndarray]:

@@ -8,9 +8,9 @@ import jax
 import ml_collections
 
 from compdiff_jax.diffusion import trajectory
-from compdiff_jax.diffusion.guidance import classifier_free_guidance
 from compdiff_jax.diffusion.samplers import Sampler, Table
 from compdiff_jax.latent_diffusion import LatentDiffusion, Params
+from compdiff_jax.sampling.guidance import Guidance, guided
 
 
 def sampler_from_config(options: ml_collections.ConfigDict) -> Sampler:
@@ -30,9 +30,10 @@ def make_sampler(model: LatentDiffusion, table: Table, guidance_rescale: float) 
   Args of the function:
     params: all components' parameters.
     input_ids, negative_ids: prompts and negative prompts, int32 [B, 77]; attributes: {name: [B]}; seeds: uint32 [B];
-    guidance: scale of classifier-free guidance.
+    guidance: the weights.
 
-  Its result is uint8 [B, S, S, 3]. Image i is a function of row i alone. One program is compiled per batch shape.
+  Its result is uint8 [B, S, S, 3]. Image i is a function of row i alone. One program is compiled per batch shape and
+  per set of weights that are given.
   """
 
   def sample(
@@ -41,15 +42,9 @@ def make_sampler(model: LatentDiffusion, table: Table, guidance_rescale: float) 
     negative_ids: jax.Array,
     attributes: Mapping[str, jax.Array],
     seeds: jax.Array,
-    guidance: jax.Array,
+    guidance: Guidance,
   ) -> jax.Array:
-    conditional, _ = model.context(params, input_ids, attributes)
-    unconditional = model.unconditional_context(params, negative_ids)
-
-    def unet(sample, timesteps, context):
-      return model.unet(params["unet"], sample, timesteps, *context)
-
-    predict = classifier_free_guidance(unet, conditional, unconditional, guidance, guidance_rescale)
+    predict = guided(model, params, input_ids, negative_ids, attributes, guidance, guidance_rescale)
     noise = trajectory.initial_noise(seeds, model.latent_shape)
     draw = lambda step: trajectory.step_noise(seeds, step, model.latent_shape)  # noqa: E731
     return model.decode(params, trajectory.sample(predict, noise, draw, table))
