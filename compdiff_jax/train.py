@@ -21,7 +21,7 @@ from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate
 from compdiff_jax.sampling.sampler import sampler_from_config
-from compdiff_jax.training.checks import check_finite, check_intervals, print_summary
+from compdiff_jax.training.checks import check_finite, check_intervals, print_summary, warn_of_empty_levels
 from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
   check_intervals(config.logging)
   sets = open_training_sets(config.data)
   schema = sets[0][0].schema
+  warn_of_empty_levels([records for records, _ in sets])
   origin = open_run(config.init) if config.init else None
   if origin:
     config = origin.start(config, schema)

@@ -50,7 +50,7 @@ def write_card(
   cells = count_cells(splits, schema)
   with open(directory / "cells.csv", "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*schema.names, *splits, "total"])
+    writer.writerow([*schema.grouping.names, *splits, "total"])
     writer.writerows([*levels, *counts, sum(counts)] for levels, counts in cells.items())
   shown = next(iter(splits))
   sample_sheet(splits[shown], schema, read_image).save(directory / "sheet.png", optimize=True)

@@ -20,8 +20,11 @@ class StandIn(LatentDiffusion):
   def encode_text(self, params, input_ids):
     return jnp.full([len(input_ids), 2, self.conditioner_config.d_ctx], 0.5)
 
-  def encode(self, params, images, noise):
-    return images
+  def moments(self, params, images):
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+  def latents(self, moments, noise):
+    return moments
 
 
 def stand_in(unet, config: ConditionerConfig, schema: Schema) -> StandIn:

@@ -103,7 +103,7 @@ def _spelled(attribute: Any) -> tuple:
 
 def _decisive(config: ConditionerConfig) -> list[str]:
   """The fields that change what the network computes; sizes of parts that are not there do not."""
-  idle = {"dropout"}
+  idle = {"dropout", "ordinal_loss", "soft_sigma", "film_hidden"}
   if config.kind == "typed" and config.composer != "flat":
     idle |= {"flat_hidden"}
   if config.kind == "typed" and config.composer != "transformer":

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compdiff_jax.cli import InputError, RunError
+from compdiff_jax.data.records import RecordSet
 from compdiff_jax.sharding import bytes_per_device
 
 
@@ -22,6 +23,17 @@ def check_intervals(logging: ml_collections.ConfigDict) -> None:
     raise InputError(
       f"logging.checkpoint_every {logging.checkpoint_every} must be a multiple of logging.log_every {logging.log_every}"
     )
+
+
+def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:
+  """Says which values the schema has and training never sees: what stands for them stays as it was drawn."""
+  columns = [records.attributes("train") for records in sets]
+  empty = []
+  for a in sets[0].schema.grouping:
+    seen = set(np.concatenate([a.levels(own[a.name]) for own in columns]).tolist())
+    empty += [f"{a.name}={name}" for level, name in enumerate(a.level_names) if level not in seen]
+  if empty:
+    print(f"warning: no training image has {', '.join(empty)}; pictures of these will mean nothing", file=sys.stderr)
 
 
 def check_finite(rows: Sequence[Mapping[str, Any]], first_step: int) -> None:
