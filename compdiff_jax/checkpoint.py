@@ -17,6 +17,8 @@ from compdiff_jax.cli import InputError
 
 # What writing may hold beside the arrays; without a bound Orbax takes as much again as the whole state.
 _WRITE_BYTES = 2**28
+# Devices that hold the same array write a part of it each, but not of the small ones, where cutting takes longest.
+_SLICE_BYTES = 2**20
 
 
 class Checkpoints:
@@ -50,6 +52,7 @@ class Checkpoints:
     largest = max((getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(parts)), default=0)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = max(_WRITE_BYTES, 2 * largest)
+    context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
     with context:
       self._checkpointer.save_checkpointables_async(step, parts)
 

@@ -100,6 +100,18 @@ def write_whole(path: Path, text: str) -> None:
   temporary.replace(path)
 
 
+def check_space(path: str | Path, num_bytes: int) -> None:
+  """Raises an `InputError` when the disk of `path`, which need not exist, has less than `num_bytes` free."""
+  place = Path(path).absolute()
+  while not place.exists():
+    place = place.parent
+  free = shutil.disk_usage(place).free
+  if free < num_bytes:
+    raise InputError(
+      f"{path} needs {num_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; make room or choose another"
+    )
+
+
 @contextlib.contextmanager
 def whole_directory(path: str | Path):
   """A temporary sibling directory that becomes `path` when the block succeeds and vanishes when it fails.

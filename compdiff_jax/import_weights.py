@@ -5,9 +5,12 @@ tokenizer are copied. `compdiff sample` and `compdiff export` take it as their -
 `--config.init=WORKDIR`.
 """
 
+import contextlib
+import logging
 import math
 import shutil
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,7 @@ def main(argv: list[str]) -> None:
     model = LatentDiffusion.from_config(located(config, directory), source.schema)
     for name, files in source.weights.items():
       weights.check(files, model.component(name))
+    cli.check_space(args.workdir, sum(4 * _size(model.component(name)) for name in source.weights))
 
     # ---- One network after the other; only those in the checkpoint stay in memory
     hashes = {}
@@ -96,6 +100,8 @@ def main(argv: list[str]) -> None:
     write_json(directory, {Path(SOURCE_FILE).stem: _provenance(source, args.source)})
     write_json(directory, description(config, source.schema, hashes))
   step = f" of step {source.step}" if source.step else ""
+  if source.left_out:
+    print(f"not imported: {', '.join(source.left_out)}", file=sys.stderr)
   print(f"{source.kind}{step} in {args.workdir}; conditioner: {source.conditioner_config.kind}")
 
 
@@ -119,19 +125,37 @@ def _config(source: Source, schedule: NoiseSchedule, sampler: Sampler) -> ml_col
   return config
 
 
+def _size(network: Functional) -> int:
+  return sum(math.prod(leaf.shape) for leaf in network.shapes.values())
+
+
 def _load(source: Source, name: str, network: Functional) -> dict[str, jax.Array]:
-  count = sum(math.prod(leaf.shape) for leaf in network.shapes.values())
-  print(f"  {name:<14}{count:>13,} parameters  {source.weights[name].source.name}", file=sys.stderr)
+  print(f"  {name:<14}{_size(network):>13,} parameters  {source.weights[name].source.name}", file=sys.stderr)
   return weights.load(source.weights[name], network)
 
 
 def _save(directory: Path, step: int, params: Mapping[str, Any], workdir: Path) -> None:
-  try:
-    with Checkpoints(directory) as checkpoints:
-      checkpoints.save(step, {"params": params})
-  except Exception as error:  # a full disk reaches us as whatever the storage library makes of it
-    reason = " ".join(str(error).split())[:300]
-    raise InputError(f"cannot write the checkpoint of {workdir} ({type(error).__name__}: {reason})") from None
+  with _silent_if_it_fails():
+    try:
+      with Checkpoints(directory) as checkpoints:
+        checkpoints.save(step, {"params": params})
+    except Exception as error:  # a full disk reaches us as whatever the storage library makes of it
+      reason = " ".join(str(error).split())[:300]
+      raise InputError(f"cannot write the checkpoint of {workdir} ({type(error).__name__}: {reason})") from None
+
+
+@contextlib.contextmanager
+def _silent_if_it_fails():
+  """Keeps the storage library from printing a traceback for each array, when the error that it raises says it all.
+
+  After a failure, which ends the command, it stays so: threads and tasks complain until the process is gone.
+  """
+  hooks, logger = (threading.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+  threading.excepthook = sys.unraisablehook = lambda _: None
+  logger.disabled = True
+  yield
+  threading.excepthook, sys.unraisablehook = hooks
+  logger.disabled = False
 
 
 def _provenance(source: Source, given: Path) -> dict[str, Any]:

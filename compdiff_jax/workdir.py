@@ -156,12 +156,17 @@ class Run:
     What this run has no conditioner for stays as `config` has it: plain Stable Diffusion gets a new conditioner.
 
     Raises:
-      InputError: `config` names other weights or another kind of conditioner, or the attributes that the conditioner
-        uses differ from those of the data, `schema`.
+      InputError: `config` names other weights, another kind of conditioner or a frozen text encoder where this run
+        trained it, or the attributes that the conditioner uses differ from those of the data, `schema`.
     """
     for name, path in config.weights.items():
       if path:
         raise InputError(f"config.init={self.workdir} brings its own {name}; set config.weights.{name} to ''")
+    if "text_encoder" in self.model.trained and not config.train_text_encoder:
+      raise InputError(
+        f"config.init={self.workdir} trained its text encoder; set config.train_text_encoder=True, or start from an"
+        " import of its export, where the text encoder is frozen"
+      )
     config = config.copy_and_resolve_references()
     model, own = self.model, self.model.conditioner_config
     with config.unlocked():

@@ -218,7 +218,12 @@ def test_model_card(run, tmp_path, fails):
   assert "is not a report" in fails(export.main, *arguments[:2], f"--report={report}")
 
 
-def test_a_full_disk(imported, tmp_path, fails):
+def test_a_full_disk(imported, tmp_path, fails, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda _: usage)
+    message = fails(export.main, f"--workdir={imported}", f"--out={tmp_path / 'out'}")
+  assert f"{tmp_path / 'out'} needs 0.0 GB and its disk has 0.0 GB free" in message and not list(tmp_path.iterdir())
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
   try:

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 
 from compdiff_jax import export, import_weights, sample, train
+from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.workdir import open_run
 
@@ -131,6 +133,7 @@ def imported(tmp_path_factory, base):
   """A CompDiff-2 release, imported, its source gone and the workdir moved."""
   directory = tmp_path_factory.mktemp("imported")
   source = released(directory / "source", base, TYPED)
+  toy_models.edit_json(source / "model_index.json", hcn=["hcn", "CompDiff2Conditioner"], safety_checker=["x", "Y"])
   run_import(source, directory / "first")
   shutil.rmtree(source)
   (directory / "first").rename(directory / "run")
@@ -175,9 +178,14 @@ def test_torch_loads_what_was_imported_and_exported(exported, models):
   assert "imported from source (CompDiff release)" in (exported / "float32" / "README.md").read_text()
 
 
-def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails):
-  """At learning rate 0 the parameters of the new run are those of the imported one."""
+def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails, monkeypatch):
+  """With a step that changes nothing, the parameters of the new run are those of the imported one."""
   run = run_import(base, tmp_path / "imported")
+
+  def idle(state, frozen, batch):
+    return state._replace(step=state.step + 1), {"loss": jnp.ones([]), "grad_norm": jnp.ones([])}
+
+  monkeypatch.setattr(train, "make_train_step", lambda *_: idle)  # compiling the real one takes longer than the rest
   arguments = [
     f"--config={REPOSITORY / 'configs' / 'demo.py'}",
     f"--config.data.path={workspace / 'data'}",
@@ -188,19 +196,18 @@ def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails
     f"--config.conditioner.d_ctx={toy_models.WIDTH}",
     "--config.conditioner.d_node=8",
     "--config.train_text_encoder=False",
-    "--config.train.learning_rate=0.0",
     "--config.train.steps=1",
     "--config.train.warmup_steps=0",
     "--config.train.batch_size=8",
     "--config.logging.log_every=1",
     "--config.logging.checkpoint_every=1",
   ]
-  train.main([*arguments, f"--workdir={tmp_path / 'tuned'}"])
+  for _ in range(2):  # the second time resumes
+    train.main([*arguments, f"--workdir={tmp_path / 'tuned'}"])
   tuned = open_run(tmp_path / "tuned")
   step, params = tuned.load_params("raw")
   assert step == 1 and tuned.model.conditioner_config.kind != "none"
-  expected = run.load_params("raw")[1]
-  for name, component in expected.items():
+  for name, component in run.load_params("raw")[1].items():
     for key, value in component.items():
       np.testing.assert_array_equal(params[name][key], value, err_msg=f"{name} {key}")
   assert json.loads((tmp_path / "tuned" / "config.json").read_text())["scheduler"]["prediction_type"] == "v_prediction"
@@ -219,8 +226,27 @@ def test_training_keeps_the_imported_conditioner(imported):
   started = run.start(config, REFERENCE_SCHEMA)
   assert started.conditioner.to_dict() == {**TYPED.to_dict(), "attributes": ["age", "sex", "race"]}
   assert started.weights.vae == str(imported / "vae") and started.weights.unet == ""
-  with pytest.raises(Exception, match=r"was made for race of White, Black, Asian, Hispanic, and the data"):
+  with pytest.raises(InputError, match=r"was made for race of White, Black, Asian, Hispanic, and the data"):
     run.start(config, REFERENCE_SCHEMA.subset(("age", "sex")))
   config.conditioner.kind = "hcn"
-  with pytest.raises(Exception, match="has a conditioner of kind 'typed', the config one of 'hcn'"):
+  with pytest.raises(InputError, match="has a conditioner of kind 'typed', the config one of 'hcn'"):
+    run.start(config, REFERENCE_SCHEMA)
+
+
+def test_training_starts_from_a_run_that_trained_its_text_encoder(imported, tmp_path):
+  shutil.copytree(imported, tmp_path / "run")
+  (tmp_path / "run" / "source.json").unlink()
+  run = open_run(tmp_path / "run")
+  text = run.model.text_config.to_dict()
+  values = json.loads((tmp_path / "run" / "config.json").read_text())
+  values |= {"train_text_encoder": True, "text_encoder": text}
+  values["weights"]["text_encoder"] = ""
+  (tmp_path / "run" / "config.json").write_text(json.dumps(values))
+  run = open_run(tmp_path / "run")
+  config = run.config.copy_and_resolve_references()
+  config.weights.update(dict.fromkeys(config.weights, ""))
+  started = run.start(config, REFERENCE_SCHEMA)
+  assert started.text_encoder.to_dict() == text and started.weights.text_encoder == ""
+  config.train_text_encoder = False
+  with pytest.raises(InputError, match=r"trained its text encoder; set config\.train_text_encoder=True"):
     run.start(config, REFERENCE_SCHEMA)

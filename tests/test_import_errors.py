@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import logging
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -153,7 +155,12 @@ def largest_file(num_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk(refused, monkeypatch):
+def test_a_full_disk(refused, source, tmp_path, monkeypatch, capsys):
+  """Found before, found by Python, and found by the library that writes the checkpoint."""
+  usage = shutil.disk_usage(tmp_path)._replace(free=300_000)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "and its disk has 0.0 GB free" in refused()
   with largest_file(60_000):
     assert "cannot write" in (line := refused()) and "File too large" in line
 
@@ -163,7 +170,14 @@ def test_a_full_disk(refused, monkeypatch):
 
   write = import_weights._save
   monkeypatch.setattr(import_weights, "_save", save)
-  assert "cannot write the checkpoint of" in refused()
+  # What stays silent after the failure is restored after the test.
+  for owner, name in ((threading, "excepthook"), (sys, "unraisablehook"), (logging.getLogger("asyncio"), "disabled")):
+    monkeypatch.setattr(owner, name, getattr(owner, name))
+  before = sorted(tmp_path.iterdir())
+  with pytest.raises(InputError, match="cannot write the checkpoint of"):
+    import_weights.main([f"--source={source}", f"--workdir={tmp_path / 'run'}"])
+  assert sorted(tmp_path.iterdir()) == before
+  assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_killed_import_can_be_repeated(source, tmp_path):

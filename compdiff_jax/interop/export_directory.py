@@ -12,12 +12,15 @@ A model without a conditioner is plain Stable Diffusion and has the last two lin
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compdiff_jax.cli import InputError, whole_directory, writing
+import jax.numpy as jnp
+
+from compdiff_jax.cli import InputError, check_space, whole_directory, writing
 from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.interop import keys, reference
@@ -133,6 +136,9 @@ def write_export(
   shapes = keys.torch_shapes(conditioner_params)
   fields = reference.conditioner_config(config, schema, prompt_attributes, shapes) if for_reference else {}
   conditioner_class = None if plain or for_reference else CONDITIONER_CLASSES[config.kind]
+  networks = (unet_params, vae_params, text_params, conditioner_params)
+  count = sum(math.prod(value.shape) for params in networks for value in params.values())
+  check_space(out, count * jnp.dtype(dtype).itemsize)
   with whole_directory(out) as directory, writing(out):
     components = {
       "unet": (unet_config.to_dict(), unet_params, "UNet2DConditionModel"),

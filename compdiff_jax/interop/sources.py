@@ -23,11 +23,11 @@ from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.unet import UNetConfig
 from compdiff_jax.models.vae import VAEConfig
 
-# Parts of a Stable Diffusion directory; those in the second line are of no use here.
-_COMPONENTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "conditioner"}
-_COMPONENTS |= {"safety_checker", "feature_extractor", "image_encoder"}
-
 _REFERENCE_DIRECTORIES = ("hcn", "conditioner", "demographic_encoder")
+# Parts of a Stable Diffusion directory, and those of them that are of no use here.
+_LEFT_OUT = {"safety_checker", "feature_extractor", "image_encoder"}
+_COMPONENTS = {"unet", "vae", "text_encoder", "tokenizer", "scheduler", *_REFERENCE_DIRECTORIES, *_LEFT_OUT}
+
 # The reference's final save keeps the text encoder it started from in text_encoder, and the trained one here.
 _TRAINED_TEXT_ENCODER = "text_encoder_and_tokenizer"
 # The networks of a training checkpoint are numbered in the order in which the reference hands them to its library.
@@ -48,6 +48,7 @@ class Source:
     scheduler: its scheduler_config.json; scheduler_file: where that is, for messages.
     schema: the attributes.
     prompt_attributes: names that stood in front of the text in training.
+    left_out: components of the directory that are not imported.
   """
 
   kind: str
@@ -62,6 +63,7 @@ class Source:
   scheduler_file: Path
   schema: Schema
   prompt_attributes: tuple[str, ...]
+  left_out: tuple[str, ...] = ()
 
 
 def open_source(
@@ -77,7 +79,10 @@ def open_source(
     allow_pickle: also read `.bin` files.
   """
   if not directory.is_dir():
-    raise InputError(f"--source {directory} is not a directory")
+    raise InputError(
+      f"--source {directory} is not a directory; a checkpoint in a single file becomes one with diffusers'"
+      " StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIR)"
+    )
   if (directory / "model_index.json").is_file():
     if base is not None:
       raise InputError(f"{directory} is a whole model; leave out --base, which belongs to training checkpoints")
@@ -98,8 +103,11 @@ def open_source(
 def _pipeline(directory: Path, schema: Schema | None, allow_pickle: bool) -> Source:
   """A directory in diffusers' layout, with or without a conditioner."""
   index = read_json(directory / "model_index.json")
-  for name, value in index.items():
-    if isinstance(value, list) and not name.startswith("_") and value and value[0] and name not in _COMPONENTS:
+  components = {
+    name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and any(value)
+  }
+  for name in sorted(components):
+    if name not in _COMPONENTS:
       raise InputError(
         f"{directory / 'model_index.json'} names a component {name}, which Stable Diffusion 1.x and 2.x do not have;"
         " models of another architecture cannot be imported"
@@ -129,6 +137,7 @@ def _pipeline(directory: Path, schema: Schema | None, allow_pickle: bool) -> Sou
     scheduler_file=scheduler_file,
     schema=schema or Schema(()),
     prompt_attributes=(),
+    left_out=tuple(sorted(components & _LEFT_OUT)),
   )
   present = [name for name in _REFERENCE_DIRECTORIES if (directory / name).is_dir()]
   if len(present) > 1:
