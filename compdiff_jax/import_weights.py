@@ -11,6 +11,7 @@ import math
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from compdiff_jax.workdir import SOURCE_FILE, WORKDIR, content_hash, description
 
 # The networks that are copied as they are. Whether training changes the text encoder is for its config to say.
 _FROZEN = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+
+_SECONDS_TO_REMOVE = 10.0
 
 # The sections of a config that mean something without training.
 _SECTIONS = (
@@ -140,8 +143,18 @@ def _save(directory: Path, step: int, params: Mapping[str, Any], workdir: Path) 
       with Checkpoints(directory) as checkpoints:
         checkpoints.save(step, {"params": params})
     except Exception as error:  # a full disk reaches us as whatever the storage library makes of it
+      _remove(directory)
       reason = " ".join(str(error).split())[:300]
       raise InputError(f"cannot write the checkpoint of {workdir} ({type(error).__name__}: {reason})") from None
+
+
+def _remove(directory: Path) -> None:
+  """Deletes until it stays away: threads of the storage library may go on writing after its error reached us."""
+  away, deadline = 0, time.monotonic() + _SECONDS_TO_REMOVE
+  while away < 3 and time.monotonic() < deadline:
+    shutil.rmtree(directory, ignore_errors=True)
+    away = 0 if directory.exists() else away + 1
+    time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -150,12 +163,14 @@ def _silent_if_it_fails():
 
   After a failure, which ends the command, it stays so: threads and tasks complain until the process is gone.
   """
-  hooks, logger = (threading.excepthook, sys.unraisablehook), logging.getLogger("asyncio")
+  hooks, loggers = (threading.excepthook, sys.unraisablehook), [logging.getLogger(name) for name in ("asyncio", "absl")]
   threading.excepthook = sys.unraisablehook = lambda _: None
-  logger.disabled = True
+  for logger in loggers:
+    logger.disabled = True
   yield
   threading.excepthook, sys.unraisablehook = hooks
-  logger.disabled = False
+  for logger in loggers:
+    logger.disabled = False
 
 
 def _provenance(source: Source, given: Path) -> dict[str, Any]:

@@ -171,7 +171,8 @@ def test_a_full_disk(refused, source, tmp_path, monkeypatch, capsys):
   write = import_weights._save
   monkeypatch.setattr(import_weights, "_save", save)
   # What stays silent after the failure is restored after the test.
-  for owner, name in ((threading, "excepthook"), (sys, "unraisablehook"), (logging.getLogger("asyncio"), "disabled")):
+  loggers = [(logging.getLogger(name), "disabled") for name in ("asyncio", "absl")]
+  for owner, name in ((threading, "excepthook"), (sys, "unraisablehook"), *loggers):
     monkeypatch.setattr(owner, name, getattr(owner, name))
   before = sorted(tmp_path.iterdir())
   with pytest.raises(InputError, match="cannot write the checkpoint of"):
