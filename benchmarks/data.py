@@ -6,6 +6,7 @@ do not depend on what else the machine does; rates "per second" are what a clock
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import io
@@ -408,7 +409,8 @@ def main() -> None:
     "long_epoch": lambda work: long_epoch(work, args.metadata),
   }
   for name, measure in measurements.items():
-    with tempfile.TemporaryDirectory(prefix="compdiff_bench_") as directory:
+    # Standard output is for the JSON alone.
+    with tempfile.TemporaryDirectory(prefix="compdiff_bench_") as directory, contextlib.redirect_stdout(sys.stderr):
       results[name] = measure(Path(directory))
     print(name, "done", file=sys.stderr)
   print(json.dumps(results, indent=2))

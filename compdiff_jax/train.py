@@ -160,6 +160,7 @@ def main(argv: list[str]) -> None:
       if step % config.logging.checkpoint_every == 0 or step == config.train.steps:
         checkpoints.save(step, state.parts())
   finally:
+    batches.close()
     checkpoints.close()
     writer.close()
     progress.close()

@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
         raise cli.RunError(f"the VAE loss became {values} by step {step}; lower vae_training.learning_rate")
       progress.update(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
   progress.close()
+  batches.close()
   params = state[0]
 
   # ---- Scaling factor, weights, pictures

@@ -192,6 +192,8 @@ def write_dataset(
       for i, part in enumerate(parts)
     }
     run_tasks(list(tasks.values()), runner)
+    for stale in {*directory.iterdir()} - {task.path for task in tasks.values()}:  # what describes a killed run
+      stale.unlink()
     splits, done = {split: [] for split in shards}, {split: [] for split in shards}
     for (split, _), task in tasks.items():
       note = read_note(task.note)

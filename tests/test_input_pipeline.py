@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import ml_collections
 import numpy as np
@@ -229,6 +230,17 @@ def test_device_batches_are_the_host_batches_on_every_mesh(record_set):
       int(v) for _ in range(4) for v in next(batches)["images"][:, 0, 0, 0]
     ]
     assert order == expected
+
+
+def test_batches_are_placed_before_they_are_asked_for(record_set):
+  """The first batch is in use; the ones after it are read and transferred meanwhile."""
+  placement = batch_sharding(make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
+  seen = threading.Semaphore(0)
+  batches = training_batches([(record_set, 1.0)], "train", batch_size=8, image_size=8, seed=0)
+  batches = device_batches(batches.map(lambda batch: (seen.release(), batch)[1]), placement, 8)
+  next(batches)
+  assert all(seen.acquire(timeout=60) for _ in range(3))
+  batches.close()
 
 
 _HOST = """

@@ -103,6 +103,23 @@ def test_stopped_before_or_after_any_rename_it_continues_to_the_same_bytes(tmp_p
   assert moments == 2 * shards_made + 1 > 10  # shard, note; the directory
 
 
+def test_killed_while_the_description_is_written(tmp_path, monkeypatch):
+  write(tmp_path / "plain", drawn(40), encode=draw, max_rejected=0.2, **SMALL)
+
+  def killed(directory):
+    (directory / "README.md").write_text("half a card")
+    (directory / "holdout.json").write_text("of other options")
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(dataset.checksums, "write", killed)
+  with pytest.raises(KeyboardInterrupt):
+    write(tmp_path / "set", drawn(40), encode=draw, max_rejected=0.2, **SMALL)
+  assert not (tmp_path / "set").exists()
+  monkeypatch.undo()
+  write(tmp_path / "set", drawn(40), encode=draw, max_rejected=0.2, **SMALL)
+  assert content(tmp_path / "set") == content(tmp_path / "plain")
+
+
 def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
   write_shard, calls = shards.write_shard, []
 

@@ -1,6 +1,6 @@
 """The Grain pipeline: records to batches, on the host or on the devices. Nothing here needs TensorFlow."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -133,7 +133,7 @@ def training_batches(
   return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
 
 
-def device_batches(batches: grain.IterDataset, sharding: NamedSharding, batch_size: int) -> Iterator[Any]:
+def device_batches(batches: grain.IterDataset, sharding: NamedSharding, batch_size: int) -> grain.DatasetIterator:
   """Global arrays on the devices, transferred in the background while the step before them runs.
 
   `batches` hold the rows `sharding.local_rows(sharding, batch_size)` on every host.
