@@ -86,22 +86,21 @@ def test_sample_grids_appear_in_the_workdir(workspace, tmp_path):
 
 
 def test_ema_is_the_closed_form_average(workspace, tmp_path):
-  """With one step, ema = start + (1 - d)(params - start), d = min(decay, 1/10)."""
+  """The first update copies; the second gives ema = p1 + (1 - d)(p2 - p1) with d = min(decay, 2/11)."""
   workdir = tmp_path / "run"
-  arguments = [*config_arguments(workspace), "--config.train.steps=1", "--config.train.warmup_steps=0"]
-  train.main([*arguments, f"--workdir={workdir}"])
+  every = ["--config.logging.log_every=1", "--config.logging.checkpoint_every=1"]
+  steps = ["--config.train.steps=2", "--config.train.warmup_steps=0"]
+  train.main([*config_arguments(workspace), *steps, *every, f"--workdir={workdir}"])
   run = open_run(workdir)
-  _, raw = run.load_params("raw")
-  _, ema = run.load_params("ema")
-  import jax
-
-  start = run.model.initial_params(jax.random.key(run.config.seed), run.config.weights)
+  (_, first), (_, second) = (run.load_params("raw", step) for step in (1, 2))
+  (_, copied), (_, ema) = (run.load_params("ema", step) for step in (1, 2))
   moved = False
-  for part, leaves in start.items():
-    for name, value in leaves.items():
-      wanted = value + 0.9 * (raw[part][name] - value)
+  for part in run.model.trained:
+    for name, value in first[part].items():
+      np.testing.assert_array_equal(copied[part][name], value, err_msg=name)
+      wanted = value + (1 - 2 / 11) * (second[part][name] - value)
       np.testing.assert_allclose(ema[part][name], wanted, rtol=1e-5, atol=1e-7, err_msg=name)
-      moved |= bool(np.any(np.asarray(raw[part][name]) != np.asarray(value)))
+      moved |= bool(np.any(np.asarray(second[part][name]) != np.asarray(value)))
   assert moved
 
 
@@ -146,8 +145,8 @@ def test_foreign_directory_is_refused(workspace, tmp_path, fails):
 def test_checkpoint_cut_short_is_named(workspace, trained, tmp_path, fails):
   workdir = tmp_path / "run"
   shutil.copytree(trained, workdir)
-  largest = max((workdir / "checkpoints" / "8").rglob("*"), key=lambda path: path.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  for path in (workdir / "checkpoints" / "8").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}"]
   message = fails(train.main, *arguments)
   assert str(workdir / "checkpoints" / "8") in message and "damaged" in message
