@@ -97,6 +97,7 @@ def test_nothing_in_a_pickle_is_run(tmp_path):
     tensor_pickle(stride=(-1,)),
     tensor_pickle(size=(1 << 40,), stride=(0,)),  # one number shown as a terabyte
     tensor_pickle(size=(2, 2)),
+    tensor_pickle(size=(5,), stride=(0,)),
     tensor_pickle(size="ab"),
     tensor_pickle(storage=b"\x80\x02K\x01.\x80\x02K\x01."),
   ],

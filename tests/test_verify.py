@@ -245,6 +245,7 @@ def test_figures_show_the_counts(whole):
   women = [row for row in rows if row["attributes"]["sex"] == 1]
   positive = sum(row["findings"].get("effusion") == "positive" for row in women)
   assert cells["effusion, sex female"] == f"{positive} of {len(women)}"
-  middle = [row for row in rows if 40 <= row["attributes"]["age"] < 60]
-  positive = sum(row["findings"].get("effusion") == "positive" for row in middle)
-  assert cells["effusion, age 40-60"] == f"{positive} of {len(middle)}" and positive
+  for name, low, high in (("0-40", 0, 40), ("40-60", 40, 60)):
+    members = [row for row in rows if low <= row["attributes"]["age"] < high]
+    positive = sum(row["findings"].get("effusion") == "positive" for row in members)
+    assert cells[f"effusion, age {name}"] == f"{positive} of {len(members)}" and positive
