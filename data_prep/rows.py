@@ -16,7 +16,8 @@ A builder yields its rows one after the other, always in the same order, without
 A row that cannot be used is {"file", "row", "reason"} with reason "<kind>: <detail>".
 
 `encode(row["image"])` returns the encoded image or raises `RowError`. It must be picklable and a function of its
-argument alone: it runs in other processes, in any order.
+argument alone: it runs in other processes, in any order. Its `repr` must name its options (a frozen dataclass does), so
+that a killed run can be told from another one.
 """
 
 
