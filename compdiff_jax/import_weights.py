@@ -39,19 +39,8 @@ _FROZEN = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 
 _SECONDS_TO_REMOVE = 10.0
 
-# The sections of a config that mean something without training.
-_SECTIONS = (
-  "compute_dtype",
-  "data",
-  "prompt_attributes",
-  "weights",
-  "unet",
-  "text_encoder",
-  "train_text_encoder",
-  "scheduler",
-  "conditioner",
-  "sample",
-)
+# The sections of a config that say how to train, which an imported model cannot tell.
+_TRAINING = ("seed", "init", "loss", "fairness", "dropout", "train", "mesh", "sharding_rules", "logging")
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +106,7 @@ def _config(source: Source, schedule: NoiseSchedule, sampler: Sampler) -> ml_col
       " side of its latents, such as 64"
     )
   config = default_config.base(source.conditioner_config.kind)
-  config = ml_collections.ConfigDict({name: config[name] for name in _SECTIONS})
+  config = ml_collections.ConfigDict({name: config[name] for name in config if name not in _TRAINING})
   config.data.image_size = side * source.vae_config.downsampling
   config.prompt_attributes = source.prompt_attributes
   config.weights.update({name: f"{WORKDIR}/{name}" for name in (*_FROZEN, "tokenizer")})

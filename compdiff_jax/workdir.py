@@ -156,12 +156,17 @@ class Run:
     What this run has no conditioner for stays as `config` has it: plain Stable Diffusion gets a new conditioner.
 
     Raises:
-      InputError: `config` names other weights, another kind of conditioner or a frozen text encoder where this run
-        trained it, or the attributes that the conditioner uses differ from those of the data, `schema`.
+      InputError: `config` names other weights, a LoRA, another kind of conditioner or a frozen text encoder where this
+        run trained it, or the attributes that the conditioner uses differ from those of the data, `schema`.
     """
     for name, path in config.weights.items():
       if path:
         raise InputError(f"config.init={self.workdir} brings its own {name}; set config.weights.{name} to ''")
+    if self.model.lora is not None or config.lora.rank:
+      raise InputError(
+        f"config.init={self.workdir} does not go together with a LoRA, its own or a new one; export the run, and start"
+        " from an import of the export, or set config.weights to its directories"
+      )
     if "text_encoder" in self.model.trained and not config.train_text_encoder:
       raise InputError(
         f"config.init={self.workdir} trained its text encoder; set config.train_text_encoder=True, or start from an"

@@ -228,6 +228,10 @@ def test_training_keeps_the_imported_conditioner(imported):
   assert started.weights.vae == str(imported / "vae") and started.weights.unet == ""
   with pytest.raises(InputError, match=r"was made for race of White, Black, Asian, Hispanic, and the data"):
     run.start(config, REFERENCE_SCHEMA.subset(("age", "sex")))
+  config.lora.rank = 2
+  with pytest.raises(InputError, match="does not go together with a LoRA"):
+    run.start(config, REFERENCE_SCHEMA)
+  config.lora.rank = 0
   config.conditioner.kind = "hcn"
   with pytest.raises(InputError, match="has a conditioner of kind 'typed', the config one of 'hcn'"):
     run.start(config, REFERENCE_SCHEMA)
