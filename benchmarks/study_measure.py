@@ -1,0 +1,116 @@
+"""What the study measures of one run: distances and attribute fidelity, over all seen cells, per group and per cell.
+
+The measures are those of `compdiff evaluate`. Seen and held-out cells are never pooled.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.evaluation import alignment, features, groups, image_sets
+from compdiff_jax.evaluation.image_sets import ImageSet
+
+EXTRACTOR = "radiomics"
+_TRAIN_SAMPLE = 2000  # training images that standardise features and fit the reader of attributes
+
+
+def finished(run: Path) -> bool:
+  """Whether a run has all its images."""
+  job, manifest = run / "samples" / "job.json", run / "samples" / "manifest.csv"
+  if not (job.exists() and manifest.exists()):
+    return False
+  return len(manifest.read_text().splitlines()) == 1 + json.loads(job.read_text())["rows"]
+
+
+class Yardstick:
+  """Everything that is the same for every run: real features, the reader of attributes and what it reads off them."""
+
+  def __init__(self, out: Path, min_n: int):
+    self.min_n = min_n
+    self.real = image_sets.load(out / "reference", "test")
+    train = image_sets.load(out / "data", "train")
+    sample = train.take(image_sets.drawn(train.keys, _TRAIN_SAMPLE, 0))
+    self.schema: Schema = self.real.schema
+    self.train = train.attributes
+    self.held_out = [self.schema.parse_cell(text) for text in train.held_out]
+    self._extract = features.extractor(EXTRACTOR).extract
+    self._standardise = features.Standardisation.fit(self._extract(sample.images))
+    self._real = self._standardise(self._extract(self.real.images))
+    self._reader = alignment.reader_for(self.real.name)
+    self._reader.fit(sample.images, sample.attributes, self.schema)
+    self._read_real = self._reader.predict(self.real.images)
+
+  def shares(self) -> dict[str, float]:
+    """The share of training images in each cell."""
+    total = len(next(iter(self.train.values())))
+    return {self.schema.cell_name(c): self.schema.in_cell(self.train, c).sum() / total for c in self.schema.cells()}
+
+  def measure(self, synthetic: ImageSet) -> dict[str, dict[str, Any]]:
+    """{group: measures} for a set that copies the reference's texts and attributes row by row."""
+    found = self._standardise(self._extract(synthetic.images))
+    read = self._reader.predict(synthetic.images)
+    held = [self.schema.in_cell(self.real.attributes, cell) for cell in self.held_out]
+    held = np.logical_or.reduce(held) if held else np.zeros(len(self.real), bool)
+    rows: dict[str, dict[str, Any]] = {}
+    for own, cells in ((~held, []), (held, self.held_out)):
+      if own.any():
+        rows |= self._measure_part(own, cells, synthetic, found, read)
+    return rows
+
+  def _measure_part(
+    self, own: np.ndarray, held_out: list, synthetic: ImageSet, found: np.ndarray, read: Mapping
+  ) -> dict[str, Any]:
+    """The seen or the held-out cells. `own` selects their rows, the same in both sets."""
+    recorded, requested = _rows(self.real.attributes, own), _rows(synthetic.attributes, own)
+    patients = self.real.patients[own]
+    members = groups.make_groups(self.schema, held_out, recorded, requested, self.train, patients, self.min_n)
+    sizes = groups.matched_sizes(members)
+    aligned = alignment.fidelity(
+      self.schema, members, requested, _rows(read, own), recorded, _rows(self._read_real, own), self.min_n
+    )
+    # Marginals of the held-out cells are those cells once more, differently sorted.
+    kinds = ("held-out", "cell") if held_out else ("overall", "attribute", "cell")
+    rows = {}
+    for group, measured in zip(members, aligned["groups"]):
+      if group.kind in kinds and not group.refusal:
+        x, y = self._real[own], found[own]
+        scores = groups.fidelity(group, members, self.schema, x, y, patients, sizes[group.kind], seed=0)
+        rows[group.name] = {"kind": group.kind, "n": len(group.real), **scores, "fidelity": measured["measures"]}
+    return rows
+
+
+def _rows(columns: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:
+  return {name: np.asarray(values)[mask] for name, values in columns.items()}
+
+
+def measure_all(out: Path, methods: Sequence[str], seeds: Sequence[int], min_n: int) -> dict[str, Any]:
+  """Measures every run that has no result yet.
+
+  Returns {"runs": {method: {seed: {group: measures}}}, "shares": {cell: share of training}, "held_out": cells}.
+  """
+  yardstick = Yardstick(out, min_n)
+  order = np.argsort(_plan_keys(out))  # image i of a run copies the reference's record of plan row i
+  runs: dict[str, dict[int, Any]] = {method: {} for method in methods}
+  (out / "results").mkdir(exist_ok=True)
+  for method in methods:
+    for seed in seeds:
+      path = out / "results" / f"{method}-{seed}.json"
+      if not path.exists():
+        synthetic = image_sets.load(out / "runs" / f"{method}-{seed}" / "samples")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(yardstick.measure(synthetic.take(order)), indent=1))
+        temporary.replace(path)
+      runs[method][seed] = json.loads(path.read_text())
+  held_out = [yardstick.schema.cell_name(cell) for cell in yardstick.held_out]
+  return {"runs": runs, "shares": yardstick.shares(), "held_out": held_out}
+
+
+def _plan_keys(out: Path) -> np.ndarray:
+  """The reference's key of each row of the plan, which copied them in order."""
+  with open(out / "plan.csv", newline="") as file:
+    return np.array([line["id"] for line in csv.DictReader(file)])

@@ -1,0 +1,280 @@
+"""The study's tables and pictures, from the measures of its runs.
+
+Each figure is the mean over seeds, with the standard deviation between them. Intervals are 95 % and hold both kinds of
+uncertainty: between seeds, and of the images of one run (the delete-half jackknife of each run). The real images are
+the same for all runs, so the second kind does not shrink with more seeds.
+"""
+
+import csv
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from benchmarks.tables import machine, table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+LABELS = {
+  "baseline": "text baseline",
+  "fairdiffusion": "FairDiffusion",
+  "flat": "FLAT",
+  "hcn": "HCN (age as text)",
+  "compdiff": "CompDiff",
+  "coind": "CoInD",
+  "additive": "additive",
+}
+_ATTRIBUTES = ("sex", "group", "age")
+_TILE = 96
+
+
+class Figure(NamedTuple):
+  """A figure of one method: mean and standard deviation over seeds, and a 95 % interval."""
+
+  mean: float
+  sd: float
+  lo: float
+  hi: float
+
+  @classmethod
+  def of(cls, values: Sequence[float], own_sds: Sequence[float] = ()) -> "Figure":
+    """From one value a seed, and the standard error that each has from its images."""
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    between = (sd if len(values) > 1 else 0.0) ** 2 / len(values)
+    half = 1.96 * math.sqrt(between + float(np.mean(np.square(own_sds))) if len(own_sds) else between)
+    return cls(mean, sd, mean - half, mean + half)
+
+  def __str__(self) -> str:
+    return f"{_short(self.mean)} ± {_short(self.sd)}" if self.sd == self.sd else _short(self.mean)
+
+  def interval(self) -> str:
+    return f"{_short(self.mean)} ({_short(self.lo)} to {_short(self.hi)})"
+
+
+def _short(value: float) -> str:
+  return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+class Study:
+  """The measures, as figures by method."""
+
+  def __init__(self, results: Mapping[str, Any]):
+    self.runs = results["runs"]
+    self.shares = results["shares"]
+    self.held_out = [cell for cell in results["held_out"]]
+
+  def figure(self, method: str, value: Callable[[Mapping], float], se: Callable[[Mapping], float] | None = None):
+    runs = list(self.runs[method].values())
+    return Figure.of([value(run) for run in runs], [se(run) for run in runs] if se else ())
+
+  def distance(self, method: str, group: str) -> Figure:
+    return self.figure(method, lambda run: _kid(run, group), lambda run: _kid_error(run, group))
+
+  def mean_distance(self, method: str, cells: Sequence[str], weights: Sequence[float] | None = None) -> Figure:
+    """(Weighted) mean over cells; errors of different cells are independent: they share no image."""
+    w = np.ones(len(cells)) / len(cells) if weights is None else np.asarray(weights) / np.sum(weights)
+
+    def mean(run):
+      return float(w @ [_kid(run, cell) for cell in cells])
+
+    def error(run):
+      return float(np.sqrt(w**2 @ np.square([_kid_error(run, cell) for cell in cells])))
+
+    return self.figure(method, mean, error)
+
+  def equity_scaled(self, method: str, attribute: str) -> Figure:
+    """D + sum over the attribute's levels of |D_level - D|: all levels at one n."""
+
+    def scaled(run):
+      whole = _kid(run, "overall")
+      levels = [group for group in run if run[group]["kind"] == "attribute" and group.startswith(f"{attribute}=")]
+      return whole + sum(abs(_kid(run, level) - whole) for level in levels)
+
+    return self.figure(method, scaled)
+
+  def fidelity(self, method: str, group: str, measure: str, side: str = "synthetic") -> Figure:
+    return self.figure(method, lambda run: run[group]["fidelity"][measure][side].get("value", math.nan))
+
+  @property
+  def seen(self) -> list[str]:
+    """Seen cells, the most common first."""
+    run = next(iter(next(iter(self.runs.values())).values()))
+    cells = [group for group in run if run[group]["kind"] == "cell" and group not in self.held_out]
+    return sorted(cells, key=lambda cell: -self.shares[cell])
+
+
+def _kid(run: Mapping, group: str) -> float:
+  return run[group]["kid"]["value"]
+
+
+def _kid_error(run: Mapping, group: str) -> float:
+  return (run[group]["kid"]["hi"] - run[group]["kid"]["lo"]) / 3.92
+
+
+# ---- Tables
+
+
+def write(out: Path, results: Mapping[str, Any], methods: Sequence[str], budget: Any, seconds: float) -> None:
+  """Writes tables.md, table1.csv to table4.csv, distance_by_share.png, held_out.png and grid.png."""
+  study = Study(results)
+  held = [cell for cell in study.held_out if all(cell in run for runs in study.runs.values() for run in runs.values())]
+  tables = {
+    "table1": ("Overall, over all seen cells alike", _overall(study, methods)),
+    "table2": ("Seen cells by share of training: KID", _by_cell(study, methods)),
+    "table3": ("Held-out cells: KID, 95 % interval", _held_out(study, methods, held)),
+    "table4": ("Attributes read off the images, seen and held-out cells", _attributes(study, methods)),
+  }
+  parts = [
+    "# Phantom study",
+    f"{machine('jax', 'flax')} Budget {dataclasses.asdict(budget)}. The last call took {seconds / 60:.1f} min.",
+    "KID on radiomics features, unbiased, at one number of images a cell. Mean ± standard deviation over"
+    f" {len(budget.seeds)} seeds. Toy scale: phantoms of 32 pixels.",
+  ]
+  for name, (title, (header, rows)) in tables.items():
+    parts.append(f"## {title}\n\n{table(header, rows)}")
+    with open(out / f"{name}.csv", "w", newline="") as file:
+      csv.writer(file, lineterminator="\n").writerows([header, *rows])
+  parts += [f"## Margins\n\n{line}" for line in [_margins(study, methods, held)] if line]
+  (out / "tables.md").write_text("\n\n".join(parts) + "\n")
+  _plot_shares(out / "distance_by_share.png", study, methods)
+  if held:
+    _plot_held_out(out / "held_out.png", study, methods, held)
+  _grid(out, methods, budget.seeds[0], held)
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def _overall(study: Study, methods: Sequence[str]) -> Table:
+  header = ["method", "KID", *(f"KID, equity-scaled by {a}" for a in _ATTRIBUTES), "KID by share of training", "FD"]
+  shares = [study.shares[cell] for cell in study.seen]
+  rows = []
+  for method in methods:
+    scaled = [str(study.equity_scaled(method, attribute)) for attribute in _ATTRIBUTES]
+    by_share = study.mean_distance(method, study.seen, shares)
+    distance = study.figure(method, lambda run: run["overall"]["fd"]["value"])
+    rows.append([LABELS[method], str(study.distance(method, "overall")), *scaled, str(by_share), str(distance)])
+  return header, rows
+
+
+def _by_cell(study: Study, methods: Sequence[str]) -> Table:
+  header = ["cell", "share", *(LABELS[method] for method in methods)]
+  rows = [
+    [cell, f"{study.shares[cell]:.1%}", *(str(study.distance(method, cell)) for method in methods)]
+    for cell in study.seen
+  ]
+  return header, rows
+
+
+def _held_out(study: Study, methods: Sequence[str], held: Sequence[str]) -> Table:
+  rows = [[cell, *(study.distance(method, cell).interval() for method in methods)] for cell in held]
+  if held:
+    rows.append(["mean over cells", *(study.mean_distance(method, held).interval() for method in methods)])
+  return ["cell", *(LABELS[method] for method in methods)], rows
+
+
+def _attributes(study: Study, methods: Sequence[str]) -> Table:
+  measures = ("sex accuracy", "group accuracy", "age mean absolute error", "all attributes")
+  groups = ("overall", "held-out (pair-seen)")
+  header = ["images of", *(f"{name}, {part}" for part in ("seen", "held out") for name in measures)]
+
+  def cells(method: str, side: str) -> Iterable[str]:
+    for group in groups:
+      for measure in measures:
+        known = all(group in run for run in study.runs[method].values())
+        yield str(study.fidelity(method, group, measure, side)) if known else "not evaluable"
+
+  rows = [[LABELS[method], *cells(method, "synthetic")] for method in methods]
+  real = [cell.split(" ± ")[0] for cell in cells(methods[0], "real")]  # the same for every seed
+  return header, [*rows, ["real images", *real]]
+
+
+def _margins(study: Study, methods: Sequence[str], held: Sequence[str]) -> str:
+  """CompDiff against the two baselines, as shares of their distance, and whether the intervals are disjoint."""
+  lines = []
+  for other in ("baseline", "fairdiffusion"):
+    if not {"compdiff", other} <= set(methods):
+      continue
+    pairs = {"all seen cells": [study.distance(method, "overall") for method in ("compdiff", other)]}
+    if held:
+      pairs["held-out cells"] = [study.mean_distance(method, held) for method in ("compdiff", other)]
+    for where, (ours, theirs) in pairs.items():
+      disjoint = "disjoint" if ours.hi < theirs.lo or theirs.hi < ours.lo else "overlapping"
+      change = (theirs.mean - ours.mean) / theirs.mean
+      lines.append(
+        f"- CompDiff against {LABELS[other]}, {where}: {ours.interval()} against {theirs.interval()}, {change:+.0%}"
+        f" lower; intervals {disjoint}."
+      )
+  return "\n".join(lines)
+
+
+# ---- Pictures
+
+
+def _colour(method: str) -> Any:
+  return pyplot.get_cmap("tab10")(list(LABELS).index(method))
+
+
+def _plot_shares(path: Path, study: Study, methods: Sequence[str]) -> None:
+  figure, axes = pyplot.subplots(figsize=(7, 4.5))
+  shares = [100 * study.shares[cell] for cell in study.seen]
+  for method in methods:
+    values = [study.distance(method, cell).mean for cell in study.seen]
+    slope, start = np.polyfit(np.log(shares), values, 1)
+    axes.scatter(shares, values, s=14, color=_colour(method), alpha=0.6)
+    axes.plot(shares, start + slope * np.log(shares), color=_colour(method), label=LABELS[method])
+  axes.set(xscale="log", xlabel="share of training images in the cell (%)", ylabel="KID to real images of the cell")
+  axes.legend(frameon=False, fontsize=8)
+  figure.savefig(path, dpi=130, bbox_inches="tight")
+  pyplot.close(figure)
+
+
+def _plot_held_out(path: Path, study: Study, methods: Sequence[str], held: Sequence[str]) -> None:
+  figure, axes = pyplot.subplots(figsize=(8, 4.5))
+  width = 0.8 / len(methods)
+  for i, method in enumerate(methods):
+    bars = [*(study.distance(method, cell) for cell in held), study.mean_distance(method, held)]
+    places = np.arange(len(bars)) + (i - (len(methods) - 1) / 2) * width
+    errors = [[bar.mean - bar.lo for bar in bars], [bar.hi - bar.mean for bar in bars]]
+    axes.bar(places, [bar.mean for bar in bars], width, yerr=errors, color=_colour(method), label=LABELS[method],
+             error_kw={"linewidth": 1})  # fmt: skip
+  axes.set_xticks(np.arange(len(held) + 1), [*(cell.replace(",", "\n") for cell in held), "mean"], fontsize=8)
+  axes.set(ylabel="KID to real images of the cell (95 % interval)")
+  axes.legend(frameon=False, fontsize=8)
+  figure.savefig(path, dpi=130, bbox_inches="tight")
+  pyplot.close(figure)
+
+
+def _grid(out: Path, methods: Sequence[str], seed: int, held: Sequence[str]) -> None:
+  """Rows: real, then each method; columns: the first reference image of each held-out and of the common cells."""
+  with open(out / "plan.csv", newline="") as file:
+    plan = list(csv.DictReader(file))
+  from compdiff_jax.evaluation import image_sets
+
+  real = image_sets.load(out / "reference", "test")
+  at = {key: i for i, key in enumerate(real.keys)}
+  schema, places = real.schema, []
+  columns = {a.name: np.array([a.encode(line[a.name]) for line in plan], a.dtype) for a in schema}
+  for cell in [*held, "age=60-80,sex=male,group=A", "age=40-60,sex=female,group=A"]:
+    places.append(int(np.flatnonzero(schema.in_cell(columns, schema.parse_cell(cell)))[0]))
+  rows = [[Image.fromarray(real.images[at[plan[place]["id"]]]) for place in places]]
+  for method in methods:
+    folder = out / "runs" / f"{method}-{seed}" / "samples"
+    rows.append([Image.open(folder / f"{place:06d}.png").convert("RGB") for place in places])
+  figure, axes = pyplot.subplots(len(rows), len(places), figsize=(1.3 * len(places), 1.3 * len(rows)), squeeze=False)
+  titles = [*(f"{cell}\n(held out)" for cell in held), *(["seen"] * (len(places) - len(held)))]
+  for i, (label, pictures) in enumerate(zip(["real", *(LABELS[m] for m in methods)], rows)):
+    for j, picture in enumerate(pictures):
+      axes[i, j].imshow(picture, interpolation="nearest")
+      axes[i, j].set(xticks=[], yticks=[])
+      if i == 0:
+        axes[i, j].set_title(titles[j].replace(",", "\n"), fontsize=6)
+    axes[i, 0].set_ylabel(label, fontsize=6)
+  figure.savefig(out / "grid.png", dpi=130, bbox_inches="tight")
+  pyplot.close(figure)
