@@ -18,8 +18,10 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -137,7 +139,7 @@ def prepare(out: Path, budget: Budget) -> None:
     plan.main([f"--data={out / 'reference'}", "--like=test", f"--out={out / 'plan.csv'}"])
   if not (out / "vae").exists():
     settings = {"vae_training.steps": budget.vae_steps, "vae_training.batch_size": 32}
-    train_vae.main([*_config(out, "baseline", settings), f"--out={out / 'vae'}"])
+    train_vae.main([*config_arguments(out, "baseline", settings), f"--out={out / 'vae'}"])
 
 
 def write_reference(path: Path, per_cell: int, schema: Schema = SCHEMA) -> None:
@@ -172,7 +174,14 @@ def write_reference(path: Path, per_cell: int, schema: Schema = SCHEMA) -> None:
 def run_method(out: Path, method: str, seed: int, budget: Budget) -> None:
   """Trains and samples; both go on where they stopped."""
   directory = out / "runs" / f"{method}-{seed}"
-  settings = {
+  if not _trained(directory / "run", budget.steps):
+    train.main([*config_arguments(out, method, run_settings(seed, budget)), f"--workdir={directory / 'run'}"])
+  sample.main([f"--workdir={directory / 'run'}", f"--plan={out / 'plan.csv'}", f"--out={directory / 'samples'}"])
+
+
+def run_settings(seed: int, budget: Budget) -> dict[str, Any]:
+  """What the study sets in the config of every method."""
+  return {
     "seed": seed,
     "train.steps": budget.steps,
     "train.batch_size": budget.batch_size,
@@ -187,9 +196,6 @@ def run_method(out: Path, method: str, seed: int, budget: Budget) -> None:
     "sample.guidance": budget.guidance,
     "sample.batch_size": 64,
   }
-  if not _trained(directory / "run", budget.steps):
-    train.main([*_config(out, method, settings), f"--workdir={directory / 'run'}"])
-  sample.main([f"--workdir={directory / 'run'}", f"--plan={out / 'plan.csv'}", f"--out={directory / 'samples'}"])
 
 
 def _trained(workdir: Path, steps: int) -> bool:
@@ -199,7 +205,7 @@ def _trained(workdir: Path, steps: int) -> bool:
     return steps in checkpoints.steps
 
 
-def _config(out: Path, method: str, settings: dict) -> list[str]:
+def config_arguments(out: Path, method: str, settings: Mapping[str, Any]) -> list[str]:
   """The arguments of a command: the method's config, and what the study sets."""
   paths = {"data.path": out / "data", "weights.vae": out / "vae", "weights.tokenizer": out / "tokenizer"}
   overrides = {**_NETWORKS, **paths, **settings}

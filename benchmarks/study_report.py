@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.tables import machine, table
+from compdiff_jax.evaluation import image_sets
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -67,7 +68,7 @@ class Study:
   def __init__(self, results: Mapping[str, Any]):
     self.runs = results["runs"]
     self.shares = results["shares"]
-    self.held_out = [cell for cell in results["held_out"]]
+    self.held_out = results["held_out"]
 
   def figure(self, method: str, value: Callable[[Mapping], float], se: Callable[[Mapping], float] | None = None):
     runs = list(self.runs[method].values())
@@ -160,6 +161,10 @@ def _overall(study: Study, methods: Sequence[str]) -> Table:
     by_share = study.mean_distance(method, study.seen, shares)
     distance = study.figure(method, lambda run: run["overall"]["fd"]["value"])
     rows.append([LABELS[method], str(study.distance(method, "overall")), *scaled, str(by_share), str(distance)])
+  null = next(iter(study.runs[methods[0]].values()))["overall"]["kid"]["null"]
+  if "mean" in null:
+    real = f"{_short(null['mean'])} ({_short(null['lo'])} to {_short(null['hi'])}, n={null['n']})"
+    rows.append(["real against real", real, *[""] * (len(header) - 2)])
   return header, rows
 
 
@@ -255,8 +260,6 @@ def _grid(out: Path, methods: Sequence[str], seed: int, held: Sequence[str]) -> 
   """Rows: real, then each method; columns: the first reference image of each held-out and of the common cells."""
   with open(out / "plan.csv", newline="") as file:
     plan = list(csv.DictReader(file))
-  from compdiff_jax.evaluation import image_sets
-
   real = image_sets.load(out / "reference", "test")
   at = {key: i for i, key in enumerate(real.keys)}
   schema, places = real.schema, []

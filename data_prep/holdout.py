@@ -52,8 +52,9 @@ def main(argv: list[str]) -> None:
     raise cli.InputError("give either --cells 'age=...,sex=...;...' or --rarest K")
   if args.rarest < 0 or (args.attributes and not args.rarest):
     raise cli.InputError("--rarest takes a positive number; --attributes goes with it")
+  cli.check_free(args.out)
   records = RecordSet(args.data)
-  if getattr(records, "latents", None):
+  if records.latents is not None:
     raise cli.InputError(f"{args.data} holds moments; hold out from its data set of images, then encode the result")
   scanner = Scanner(records.schema, read_patterns(args.patterns, records.schema) if args.patterns else None)
 
@@ -223,8 +224,7 @@ def _write(
   if empty:
     raise cli.InputError(f"the {empty[0]} split would be empty; hold out fewer cells")
   splits = {split: members for split, members in splits.items() if members}
-  shards = {split: len(list(records.path.glob(f"{records.name}-{split}.*"))) for split in records.splits}
-  per_shard = max(-(-count // shards[split]) for split, count in records.splits.items() if count)
+  per_shard = max(length for split in records.splits for length in records.shard_lengths(split))
   copied = _Copied(records, rows)
   infos = [
     write_split(directory, records.name, split, records.schema, _Copied(records, own), -(-len(own) // per_shard))

@@ -47,7 +47,7 @@ _OLD = r"[\s-]*(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"  # 72 year old, 72-y
 def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
   if attribute.kind == "continuous":
     if attribute.unit == "year":
-      return {NUMBER: [_NUMBER + _OLD, _SPELLED + _OLD, r"\baged?[\s:]+(\d{1,3})\b", r"\b(\d{1,3})\s*[mf]\b"]}
+      return {NUMBER: [_NUMBER + _OLD, _SPELLED + _OLD, r"\baged?[\s:]+(\d{1,3})\b", r"\b(\d{1,3})\s?(?-i:[MF])\b"]}
     return {NUMBER: [rf"{_NUMBER}\s*{re.escape(attribute.unit)}\b"]} if attribute.unit else {}
   patterns = {}
   for value in attribute.values:
@@ -57,7 +57,9 @@ def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
     short = len(value) < 3
     forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}(?!\w)"]
     forms += [rf"\b{synonym}\b" for synonym in _SYNONYMS.get(meant, ())]
-    forms += [rf"\b\d{{1,3}}\s*{letter}\b" for letter, sex in _SEX_LETTERS.items() if sex == meant]  # "72F"
+    forms += [
+      rf"\b\d{{1,3}}\s?(?-i:{letter.upper()})\b" for letter, sex in _SEX_LETTERS.items() if sex == meant
+    ]  # "72F"
     patterns[value] = forms
   return patterns
 

@@ -98,7 +98,7 @@ def test_rarest_cells_are_those_with_fewest_training_images(source, tmp_path, na
     ("fifty-two year old. She has a pacemaker.", {"age": {1}, "sex": {1}}),
     ("67F with cough; 61 y/o", {"age": {2}, "sex": {1}}),
     ("in her early sixties", {"age": {2}, "sex": {1}}),
-    ("A left effusion of 52 mm, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
+    ("A left effusion of 52 mm, 50 m away, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
   ],
 )
 def test_words_that_name_a_level(text, named):
