@@ -221,9 +221,10 @@ def _run_jobs(args: argparse.Namespace, methods: list[str], budget: Budget) -> N
   Small networks gain little from a second core, so on a CPU each run has one core and several run at once.
   """
   on_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu" or args.quick
-  workers = args.workers or (os.cpu_count() if on_cpu else 1)
+  own_cores = sorted(os.sched_getaffinity(0))
+  workers = args.workers or (len(own_cores) if on_cpu else 1)
   cores: queue.Queue[int] = queue.Queue()
-  for core in itertools.islice(itertools.cycle(sorted(os.sched_getaffinity(0))), workers):
+  for core in itertools.islice(itertools.cycle(own_cores), workers):
     cores.put(core)
 
   def run(job: str) -> tuple[str, int, float]:
