@@ -196,7 +196,8 @@ def test_losses_equal_torch():
   logits = {name: rng.normal(0, 3, [5, k]).astype(np.float32) for name, k in (("age", 5), ("sex", 2))}
   targets = {"age": np.asarray([4, -1, 0, 2, -1]), "sex": np.asarray([0, 1, -1, 1, 0])}
   everyone = np.ones(5, bool)
-  output = ConditionerOutput(None, None, mu, log_sigma, h, parts, logits, targets, conditioned=everyone)
+  latent = {"mu": mu, "log_sigma": log_sigma, "h": h, "parts": parts}
+  output = ConditionerOutput(None, **latent, logits=logits, targets=targets, conditioned=everyone)
   terms = jax.tree.map(np.asarray, loss_terms(output))
   normal = torch.distributions.Normal
   kl = torch.distributions.kl_divergence(
