@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test lint parity parity-full clean
+.PHONY: demo test test-beam lint parity parity-full clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Apache Beam needs older packages than the rest: writing data sets with it is tested in an environment of its own.
+test-beam: $(VENV)-beam/.installed
+	$(VENV)-beam/bin/python -m pytest tests/test_shards.py tests/test_images.py
 
 # Differences from torch, written to docs/parity.md and docs/parity_full.md (the latter takes 10 GiB of memory).
 parity: $(VENV)/.test-installed
@@ -34,5 +38,11 @@ $(VENV)/.test-installed: $(VENV)/.installed requirements-test.txt
 	$(BIN)/pip install --quiet --requirement requirements-test.txt
 	touch $@
 
+$(VENV)-beam/.installed: requirements.txt requirements-beam.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/pip install --quiet --upgrade pip
+	$(VENV)-beam/bin/pip install --quiet --editable '.[beam]' tensorflow-cpu==2.21.0 'pytest>=9.2,<10'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VENV)-beam build
