@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_scale_arguments(parser: argparse.ArgumentParser) -> None:
   """The options that say where the work is done; none changes the records."""
-  parser.add_argument("--workers", type=int, default=0, help="local processes that write shards; 0: threads only")
+  parser.add_argument("--workers", type=int, help="local processes that write shards; 0: none; default: one a core")
   parser.add_argument("--runner", default="", help="Apache Beam runner: DirectRunner, DataflowRunner, FlinkRunner, ...")
   parser.add_argument("--runner_options", default="", help="options of the Beam runner, in one quoted string")
   parser.add_argument("--shard_mib", type=float, default=SHARD_MIB, help="approximate size of a shard")
@@ -110,7 +110,7 @@ def options(args: argparse.Namespace, schema: Schema) -> dict[str, Any]:
 
 def scale_options(args: argparse.Namespace) -> dict[str, Any]:
   """The arguments of `write_dataset` that `add_scale_arguments` read."""
-  if args.workers < 0:
+  if args.workers is not None and args.workers < 0:
     raise InputError(f"--workers {args.workers}: give 0 or a positive number")
   if args.shard_mib <= 0:
     raise InputError(f"--shard_mib {args.shard_mib}: give a positive number")

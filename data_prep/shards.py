@@ -27,6 +27,8 @@ from data_prep.rows import RowError
 
 _FIELDS = ("key", "patient", "text", "attributes", "findings", "factors")
 _BATCH = 64
+# A smaller set is finished before processes have started.
+_MANY_ROWS = 5_000
 # Seconds between reports: on a terminal, in a log.
 _EVERY = (0.5, 30.0)
 
@@ -52,17 +54,18 @@ class Runner(NamedTuple):
   """Where tasks run.
 
   Attributes:
-    workers: local processes; 0 uses this one, with a thread a core that makes images.
+    workers: local processes; 0 uses this one, with a thread a core that makes images. None: one a core where many rows
+      are to be done.
     beam: name of an Apache Beam runner, or "".
     beam_options: its command-line options.
   """
 
-  workers: int = 0
+  workers: int | None = None
   beam: str = ""
   beam_options: str = ""
 
 
-HERE = Runner()
+HERE = Runner(0)
 
 
 class Note(NamedTuple):
@@ -121,13 +124,19 @@ def run_tasks(tasks: Sequence[Task], runner: Runner) -> None:
   try:
     if runner.beam:
       _run_beam(waiting, runner, meter)
-    elif runner.workers:
-      _run_processes(waiting, runner.workers, meter)
+    elif workers := _workers(waiting, runner):
+      _run_processes(waiting, workers, meter)
     else:
       for task in waiting:
         run_task(task, os.cpu_count() or 1, meter.advance)
   finally:
     meter.close()
+
+
+def _workers(tasks: Sequence[Task], runner: Runner) -> int:
+  if runner.workers is not None:
+    return runner.workers
+  return (os.cpu_count() or 1) if sum(len(task.rows) for task in tasks) >= _MANY_ROWS and len(tasks) > 1 else 0
 
 
 class _Meter:
@@ -210,8 +219,10 @@ def _run_beam(tasks: Sequence[Task], runner: Runner, meter: _Meter) -> None:
       f"--runner {runner.beam} needs Apache Beam ({error}); pip install 'compdiff-jax[beam]', or use --workers alone"
     ) from None
   flags = [f"--runner={runner.beam}", *shlex.split(runner.beam_options)]
-  if runner.workers and runner.beam == "DirectRunner":
-    flags += [f"--direct_num_workers={runner.workers}", "--direct_running_mode=multi_processing"]
+  if runner.beam == "DirectRunner":
+    workers = (os.cpu_count() or 1) if runner.workers is None else runner.workers
+    if workers:
+      flags += [f"--direct_num_workers={workers}", "--direct_running_mode=multi_processing"]
   finished = threading.Event()
 
   def watch() -> None:

@@ -222,6 +222,27 @@ def test_apache_beam_writes_the_same_bytes(undisturbed, tmp_path):
   assert features == source[0]["attributes"]["age"]
 
 
+def test_many_rows_are_made_by_processes_unless_told_otherwise(undisturbed, tmp_path, monkeypatch):
+  plain, arguments = undisturbed
+  used = []
+  start = shards._run_processes
+
+  def spy(tasks, workers, meter):
+    used.append(workers)
+    start(tasks, workers, meter)
+
+  monkeypatch.setattr(shards, "_run_processes", spy)
+  monkeypatch.setattr(shards.os, "cpu_count", lambda: 2)
+  phantom.main([*arguments, "--out", str(tmp_path / "few")])
+  assert used == []
+  monkeypatch.setattr(shards, "_MANY_ROWS", 10)
+  phantom.main([*arguments, "--out", str(tmp_path / "many")])
+  assert used == [2]
+  assert same_but_for_the_path(tmp_path / "many", plain)
+  phantom.main([*arguments, "--out", str(tmp_path / "here"), "--workers", "0"])
+  assert used == [2]
+
+
 def test_runner_without_beam_says_what_to_install(tmp_path, fails, monkeypatch):
   monkeypatch.setitem(sys.modules, "apache_beam", None)
   message = fails(phantom.main, "--num", 100, "--out", tmp_path / "set", "--runner", "DirectRunner")
