@@ -252,7 +252,8 @@ def _run_jobs(args: argparse.Namespace, methods: list[str], budget: Budget) -> N
       )
       failed += [job] * bool(status)
   if failed:
-    raise cli.RunError(f"{len(failed)} runs failed ({', '.join(failed)}); see {args.out / 'runs'}/{failed[0]}.log")
+    log = args.out / "runs" / f"{failed[0].replace(':', '-')}.log"
+    raise cli.RunError(f"{len(failed)} runs failed ({', '.join(failed)}); see {log}")
 
 
 if __name__ == "__main__":
