@@ -126,18 +126,18 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(out: Path, budget: Budget) -> None:
-  """Data, reference, vocabulary, autoencoder and plan; each is made once, whole or not at all."""
+  """Data, reference, vocabulary, autoencoder and plan, each once. A kill leaves an empty directory, which counts not."""
   data = out / "data"
-  if not data.exists():
+  if not (data / "dataset_info.json").exists():
     options = ["--num", budget.images, "--size", IMAGE_SIZE, "--seed", _POPULATION, "--holdout", ";".join(HELD_OUT)]
     phantom.main(["--out", str(data), *map(str, options)])
-  if not (out / "reference").exists():
+  if not (out / "reference" / "dataset_info.json").exists():
     write_reference(out / "reference", budget.per_cell)
-  if not (out / "tokenizer").exists():
+  if not (out / "tokenizer" / "vocab.json").exists():
     vocabulary.main(["--data", str(data), "--out", str(out / "tokenizer"), "--size", "600"])
   if not (out / "plan.csv").exists():
     plan.main([f"--data={out / 'reference'}", "--like=test", f"--out={out / 'plan.csv'}"])
-  if not (out / "vae").exists():
+  if not (out / "vae" / "config.json").exists():
     settings = {"vae_training.steps": budget.vae_steps, "vae_training.batch_size": 32}
     train_vae.main([*config_arguments(out, "baseline", settings), f"--out={out / 'vae'}"])
 
