@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(out: Path, budget: Budget) -> None:
-  """Data, reference, vocabulary, autoencoder and plan, each once. A kill leaves an empty directory, which counts not."""
+  """Data, reference, vocabulary, autoencoder and plan, each once. An empty directory is what a kill leaves."""
   data = out / "data"
   if not (data / "dataset_info.json").exists():
     options = ["--num", budget.images, "--size", IMAGE_SIZE, "--seed", _POPULATION, "--holdout", ";".join(HELD_OUT)]
