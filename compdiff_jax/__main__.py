@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import traceback
 
 from compdiff_jax import cli
 
@@ -9,6 +10,7 @@ from compdiff_jax import cli
 VERBS = {
   "train": ("compdiff_jax.train", "train the UNet and the conditioner from a config"),
   "train-vae": ("compdiff_jax.train_vae", "train or fine-tune the autoencoder on a data set"),
+  "compile": ("compdiff_jax.compile", "does a training step fit a TPU or this machine, and how fast could it be"),
   "plan": ("compdiff_jax.plan", "write a sampling plan, for example balanced over intersections"),
   "sample": ("compdiff_jax.sample", "generate images for a plan"),
   "evaluate": ("compdiff_jax.evaluate", "compare a synthetic set with real images"),
@@ -29,7 +31,16 @@ def main(argv: list[str]) -> None:
 
 def console() -> int:
   prog = "compdiff" if len(sys.argv) < 2 or sys.argv[1] not in VERBS else f"compdiff {sys.argv[1]}"
-  return cli.run(main, prog)
+  try:
+    status = cli.run(main, prog)
+  except Exception:
+    traceback.print_exc()
+    status = 1
+  if status and "jax" in sys.modules:
+    from compdiff_jax import distributed
+
+    distributed.leave(status)
+  return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ complete; one that was cut short is never picked up.
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,35 @@ _SLICE_BYTES = 2**20
 
 
 class Checkpoints:
-  """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes."""
+  """The checkpoints of one run. Use as a context manager: leaving it waits for pending writes.
 
-  def __init__(self, directory: str | Path, keep: int = 2):
+  With several processes every one of them makes the same calls; each writes what its devices hold.
+  """
+
+  def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0, keep_best: str = ""):
+    """Keeps the latest `keep`, the multiples of `keep_every` steps, and that with the lowest metric `keep_best`."""
+    keeping = ocp.training.preservation_policies
+    policies = [keeping.LatestN(keep)]
+    if keep_every:
+      policies.append(keeping.EveryNSteps(keep_every))
+    if keep_best:
+      lowest = lambda metrics: metrics[keep_best]  # noqa: E731
+      policies.append(keeping.BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     self._directory = Path(directory).absolute()
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches
     self._checkpointer = ocp.training.Checkpointer(
       str(self._directory),
-      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      preservation_policy=keeping.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
     )
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, *_):
+    # After a failure the other processes may be gone, and an unfinished write would wait for them.
+    if kind is None or jax.process_count() == 1:
+      self.close()
 
   def close(self):
     self._checkpointer.close()
@@ -46,15 +60,30 @@ class Checkpoints:
   def steps(self) -> list[int]:
     return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
-  def save(self, step: int, parts: dict[str, Any]) -> None:
-    """Starts writing `parts` (pytrees of arrays) and returns; the previous write is awaited."""
+  def save(
+    self,
+    step: int,
+    parts: dict[str, Any],
+    metrics: Mapping[str, float] | None = None,
+    note: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Starts writing `parts` (pytrees of arrays) and returns; the previous write is awaited.
+
+    `metrics` are what `keep_best` chooses by; `note` is any JSON object that belongs to the step.
+    """
     self._checkpointer.wait()
     largest = max((getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(parts)), default=0)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = max(_WRITE_BYTES, 2 * largest)
     context.array.saving.min_slice_bytes_for_replica_parallel = _SLICE_BYTES
     with context:
-      self._checkpointer.save_checkpointables_async(step, parts)
+      self._checkpointer.save_checkpointables_async(
+        step, parts, force=True, metrics=metrics and dict(metrics), custom_metadata=note and dict(note)
+      )
+
+  def note(self, step: int) -> dict[str, Any]:
+    """What `save` was given as the step's note."""
+    return self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
 
   def restore(self, parts: dict[str, Any], step: int | None = None) -> tuple[int, dict[str, Any]]:
     """Loads the named parts of a step (default: the latest) into the given shapes and shardings.

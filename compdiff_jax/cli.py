@@ -1,6 +1,7 @@
 """What every command shares: the argument parser, the exit statuses and the one-line error.
 
-Exit status 0: success. 2: bad argument or bad input, said in one line on stderr. 1: a failure while running.
+Exit status 0: success. 2: bad argument or bad input, said in one line on stderr. 1: a failure while running; 75: one
+after which the same command may succeed.
 """
 
 import argparse
@@ -27,6 +28,14 @@ class UnfinishedError(InputError):
 class RunError(Exception):
   """The run itself failed (for example the loss became NaN). One line, exit status 1."""
 
+  status = 1
+
+
+class LostError(RunError):
+  """Another process or the network failed, not this run: the same command resumes. One line, exit status 75."""
+
+  status = 75
+
 
 class _Parser(argparse.ArgumentParser):
   def error(self, message):
@@ -50,7 +59,7 @@ def run(main: Callable[[list[str]], None], prog: str, argv: list[str] | None = N
     return 2
   except RunError as error:
     print(f"{prog}: failed: {error}", file=sys.stderr)
-    return 1
+    return error.status
   except KeyboardInterrupt:
     print(f"{prog}: interrupted", file=sys.stderr)
     return 130

@@ -23,6 +23,8 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
   config.compute_dtype = "float32"  # "bfloat16" on TPU and GPU; parameters, optimizer, EMA and losses stay float32
+  # What blocks recompute in the backward pass: "none"; "matmuls" all but convolutions and linear layers; "blocks" all.
+  config.remat = "none"
 
   config.data = ml_collections.ConfigDict(
     {
@@ -136,8 +138,11 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
     {
       "log_every": 50,
       "checkpoint_every": 500,
-      "keep_checkpoints": 2,
+      "keep_checkpoints": 2,  # the latest; besides them
+      "keep_every": 0,  # those of multiples of so many steps, 0 for none
+      "keep_best": "",  # and the one with the lowest of this metric, for example "diffusion"
       "sample_every": 2500,
+      "stall_seconds": 900,  # without a step: print where every thread is, and after twice that end; 0 for never
     }
   )
   return config

@@ -122,7 +122,7 @@ class LatentDiffusion:
           " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
         )
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
-    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, rngs=rngs))
+    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, remat=config.remat, rngs=rngs))
     lora = None
     if config.lora.rank:
       if not config.weights.unet:
@@ -144,7 +144,7 @@ class LatentDiffusion:
       conditioner_config=conditioner_config,
       unet=unet,
       vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=dtype, rngs=rngs)),
-      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, rngs=rngs)),
+      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, remat=config.remat, rngs=rngs)),
       conditioner=conditioner,
       trained=tuple(trained),
       image_size=config.data.image_size,

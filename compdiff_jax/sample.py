@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
-from compdiff_jax import cli, default_config
+from compdiff_jax import cli, default_config, distributed
 from compdiff_jax.diffusion.samplers import DEFAULT_SPACINGS, SPACINGS, make_table
 from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
@@ -56,8 +56,14 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--negative", default=None, help="negative prompt of the rows whose column `negative` is empty")
   parser.add_argument("--batch_size", type=int, default=None, help="images a batch; the run's config if not given")
   parser.add_argument("--grid", action="store_true", help="also draw every cell with the first row's text and seed")
+  distributed.add_arguments(parser)
   args = parser.parse_args(argv)
+  with distributed.session(args):
+    sample(args)
 
+
+def sample(args: argparse.Namespace) -> None:
+  """Samples the plan into `args.out`."""
   # ---- Run, plan and sampler
   run = open_run(args.workdir)
   options = resolve_options(run.config.sample, args)
@@ -98,9 +104,11 @@ def main(argv: list[str]) -> None:
   }
   progress = None
   for done in run_job(args.out, rows, schema, generate, settings, options.batch_size):
-    progress = progress or Progress(len(rows), done, "image")
-    progress.update(done)
-  progress.close()
+    if distributed.is_writer():
+      progress = progress or Progress(len(rows), done, "image")
+      progress.update(done)
+  if progress:
+    progress.close()
 
   # ---- Grid
   if args.grid:
@@ -108,6 +116,9 @@ def main(argv: list[str]) -> None:
     title = (
       f'"{first.text}"  seed {first.seed}, step {step}, {args.weights}, {sampler.name}, guidance {options.guidance:g}'
     )
-    sample_grid(generate, schema, first.text, first.seed, title, first.negative).save(args.out / "grid.png")
-    print(f"grid: {args.out / 'grid.png'}", file=sys.stderr)
-  print(f"{len(rows)} images and manifest.csv in {args.out}")
+    grid = sample_grid(generate, schema, first.text, first.seed, title, first.negative)
+    if distributed.is_writer():
+      grid.save(args.out / "grid.png")
+      print(f"grid: {args.out / 'grid.png'}", file=sys.stderr)
+  if distributed.is_writer():
+    print(f"{len(rows)} images and manifest.csv in {args.out}")

@@ -1,6 +1,7 @@
 """Where arrays live: a (data, fsdp, tensor) mesh and regex rules from parameter names to PartitionSpecs.
 
-All axes are `AxisType.Auto`, so the compiler inserts the collectives. The batch is split over (data, fsdp).
+All axes are `AxisType.Auto`, so the compiler inserts the collectives. The batch is split over (data, fsdp). Between
+slices, which a slower network joins, runs the data axis alone.
 """
 
 import math
@@ -10,16 +11,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from compdiff_jax.cli import InputError
+from compdiff_jax.cli import InputError, nearest
 
 AXES = ("data", "fsdp", "tensor")
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-  """The device mesh. `sizes` maps each of `AXES` to a size; one of them may be -1, "all the remaining devices"."""
+  """The device mesh. `sizes` maps each of `AXES` to a size; one of them may be -1, "all the remaining devices".
+
+  Neighbours on the inner axes are neighbours in the hardware. Several TPU slices share the data axis; GPU hosts do too
+  where their number divides it, else the processes' order decides.
+  """
   devices = jax.devices() if devices is None else list(devices)
   shape = [sizes[axis] for axis in AXES]
   fixed = math.prod(size for size in shape if size != -1)
@@ -28,7 +34,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   shape = [len(devices) // fixed if size == -1 else size for size in shape]
   if math.prod(shape) != len(devices):
     raise InputError(f"mesh {dict(zip(AXES, shape))} needs {math.prod(shape)} devices, {len(devices)} are present")
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  auto = (AxisType.Auto,) * 3
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices > 1 and shape[0] % slices == 0:
+    grid = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices)
+    return Mesh(grid, AXES, axis_types=auto)
+  if slices > 1 and devices[0].platform == "tpu":
+    raise InputError(
+      f"mesh {dict(zip(AXES, shape))}: data must be a multiple of the {slices} slices; only that axis may cross them"
+    )
+  return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -46,6 +61,30 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in places]))
 
 
+def place(tree: Any, shardings: Any) -> Any:
+  """Host arrays onto the devices; every process gives the whole arrays, and its devices take their parts.
+
+  `shardings` is one sharding for all, or a tree like `tree`.
+  """
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+
+  def put(leaf, sharding):
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return jax.device_put(leaf, sharding)
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+  return jax.tree.map(put, tree, shardings)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+  """The whole array on the host, on every process: all of them must call this."""
+  return multihost_utils.process_allgather(array, tiled=True) if jax.process_count() > 1 else np.asarray(array)
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Every device must get the same number of rows in every micro-batch."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
@@ -58,8 +97,15 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 def parameter_spec(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
   """The first rule whose regex matches the whole name; else the largest axis divisible by fsdp; else replicated."""
   for pattern, axes in rules:
-    if re.fullmatch(pattern, name):
+    try:
+      matches = re.fullmatch(pattern, name)
+    except re.error as error:
+      raise InputError(f"sharding rule {pattern!r} is no regular expression ({error})") from None
+    if matches:
       spec = PartitionSpec(*axes)
+      for axis in axes:
+        if axis is not None and axis not in mesh.shape:
+          raise InputError(f"sharding rule {pattern!r}: no mesh axis {axis!r}{nearest(str(axis), AXES)}")
       for dimension, axis in zip(shape, axes):
         if axis is not None and dimension % mesh.shape[axis]:
           raise InputError(f"sharding rule {pattern!r}: {name} {tuple(shape)} is not divisible by {axis}")

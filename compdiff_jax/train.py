@@ -1,18 +1,23 @@
 """`compdiff train`: trains the UNet and the conditioner from a config. The same command resumes, bit for bit."""
 
+import argparse
+import contextlib
 import functools
 import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
-from compdiff_jax import cli, sharding
+from compdiff_jax import cli, distributed, sharding
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
-from compdiff_jax.data.input_pipeline import check_vae, device_batches, open_training_sets, training_batches
+from compdiff_jax.data.identity import data_identity
+from compdiff_jax.data.input_pipeline import batch_keys, check_vae, device_batches, open_training_sets, training_batches
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
@@ -21,9 +26,17 @@ from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate
 from compdiff_jax.sampling.sampler import sampler_from_config
-from compdiff_jax.training.checks import check_finite, check_intervals, print_summary, warn_of_empty_levels
+from compdiff_jax.training.checks import (
+  check_finite,
+  check_intervals,
+  check_metric,
+  out_of_memory_advice,
+  warn_of_empty_levels,
+)
 from compdiff_jax.training.fairness import make_fairness
+from compdiff_jax.training.health import Heartbeat, Preemption
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from compdiff_jax.training.overview import print_overview
 from compdiff_jax.training.state import TrainState
 from compdiff_jax.training.step import make_train_step
 from compdiff_jax.workdir import claim, content_hash, open_run
@@ -34,9 +47,19 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--config", required=True, help="config file; override keys with --config.key=value")
   parser.add_argument("--workdir", type=Path, required=True, help="directory of this run, new or to be resumed")
   parser.add_argument("--dry_run", action="store_true", help="print config, parameters, mesh and memory, and stop")
+  parser.add_argument("--accept_changes", action="store_true", help="resume with another config or data set")
+  parser.add_argument("--stopped_status", type=int, default=0, help="exit status of a run that SIGTERM stopped")
+  distributed.add_arguments(parser)
   args, overrides = parser.parse_known_args(argv)
   config = load_config(args.config, overrides)
+  with distributed.session(args):
+    finished = train(config, args)
+  if not finished and args.stopped_status:
+    sys.exit(args.stopped_status)
 
+
+def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
+  """Trains in `args.workdir`, from its latest checkpoint on; returns whether the last step was reached."""
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
   sets = open_training_sets(config.data)
@@ -56,10 +79,11 @@ def main(argv: list[str]) -> None:
   shapes = {name: model.component(name).shapes for name in model.trained}
   abstract = jax.eval_shape(create, shapes)
   shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
-  print_summary(shapes, abstract, shardings, mesh)
+  if distributed.is_writer():
+    print_overview(abstract, shardings, mesh, every_parameter=args.dry_run)
   if args.dry_run:
     print(json.dumps(to_plain(config), indent=2))
-    return
+    return True
 
   # ---- Frozen networks and the run's directory
   tokenizer = load_tokenizer(config.weights.tokenizer)
@@ -71,11 +95,17 @@ def main(argv: list[str]) -> None:
   frozen = model.load_frozen(config.weights)
   hashes = {name: content_hash(params) for name, params in frozen.items()}
   check_vae(sets, hashes["vae"], config.weights.vae)
-  claim(args.workdir, config, schema, hashes)
-  frozen = jax.device_put(frozen, sharding.replicated(mesh))
+  hashes["tokenizer"] = tokenizer.content_hash()
+  identity = {str(i): data_identity(records.path) for i, (records, _) in enumerate(sets)}
+  claimed = functools.partial(claim, args.workdir, config, schema, hashes, identity, accept_changes=args.accept_changes)
+  distributed.from_writer(claimed)
+  if not distributed.is_writer():
+    claimed(write=False)
+  frozen = sharding.place(frozen, sharding.replicated(mesh))
 
   # ---- State: the latest checkpoint of this workdir, else pretrained weights, else random
-  checkpoints = Checkpoints(args.workdir / "checkpoints", config.logging.keep_checkpoints)
+  keep = config.logging.keep_checkpoints, config.logging.keep_every, config.logging.keep_best
+  checkpoints = Checkpoints(args.workdir / "checkpoints", *keep)
   if checkpoints.steps:
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     start, parts = checkpoints.restore(target.parts())
@@ -84,20 +114,25 @@ def main(argv: list[str]) -> None:
     start = 0
     given = origin.load_trained("ema", mesh)[1] if origin else None
     params = model.initial_params(jax.random.key(config.seed), config.weights, given)
+    params = sharding.place(params, shardings.params)
     state = jax.jit(create, out_shardings=shardings)(params)
 
   # ---- Batches from this step on, and the step
   placement = sharding.batch_sharding(mesh)
+  order = {
+    "batch_size": config.train.batch_size,
+    "seed": config.seed,
+    "balance": config.data.balance,
+    "balance_tau": config.data.balance_tau,
+  }
+  keys = lambda step: batch_keys(sets, "train", step=step - 1, **order)  # noqa: E731
   batches = training_batches(
     sets,
     "train",
-    batch_size=config.train.batch_size,
+    **order,
     image_size=config.data.image_size,
-    seed=config.seed,
     tokenizer=tokenizer,
     prompt_attributes=tuple(config.prompt_attributes),
-    balance=config.data.balance,
-    balance_tau=config.data.balance_tau,
     rows=sharding.local_rows(placement, config.train.batch_size),
     first_step=start,
     threads=config.data.threads,
@@ -121,47 +156,72 @@ def main(argv: list[str]) -> None:
   )
 
   # ---- The loop: step, report, sample, checkpoint
-  writer = MetricWriter(args.workdir, start)
-  progress = Progress(config.train.steps, start, "step")
-  pending, clock, data_wait = [], time.monotonic(), 0.0
-  try:
-    for step in range(start + 1, config.train.steps + 1):
+  final = config.train.steps
+  heartbeat = Heartbeat(
+    args.workdir / "heartbeat" / f"{jax.process_index()}.json", start, final, config.logging.stall_seconds
+  )
+  with contextlib.ExitStack() as resources:
+    resources.enter_context(heartbeat)
+    preemption = resources.enter_context(Preemption())
+    resources.enter_context(checkpoints)
+    resources.enter_context(contextlib.closing(batches))
+    if distributed.is_writer():
+      writer = resources.enter_context(contextlib.closing(MetricWriter(args.workdir, start)))
+      progress = resources.enter_context(contextlib.closing(Progress(final, start, "step")))
+    # A run that SIGTERM stopped between two reports goes on with the first part of its report.
+    rows = checkpoints.note(start).get("report", []) if start else []
+    pending, clock, data_wait = [], time.monotonic(), 0.0
+    step = start
+    for step in range(start + 1, final + 1):
       waiting = time.monotonic()
       batch = next(batches)
       data_wait += time.monotonic() - waiting
-      state, metrics = step_fn(state, frozen, batch)
+      with out_of_memory_advice(config):
+        state, metrics = step_fn(state, frozen, batch)
       if fairness is not None and fairness.due(step - 1):
         state = state._replace(fairness=fairness.search(state.fairness, step - 1))
       pending.append(metrics)
+      report = step % config.logging.log_every == 0 or step == final
+      ending = step == final or preemption.reached(step)
 
-      if step % config.logging.log_every == 0 or step == config.train.steps:
-        rows = jax.device_get(pending)
-        check_finite(rows, step - len(rows) + 1)
+      values = None
+      if report or ending:
+        timed = len(pending)
+        rows += [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
+        pending = []
+        check_finite(rows, step - len(rows) + 1, keys, args.workdir / "nonfinite.json")
+      if report:
         values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         seconds = time.monotonic() - clock
         speed = {
           "learning_rate": float(learning_rate(step - 1)),
           "images": step * config.train.batch_size,
-          "images_per_second": len(rows) * config.train.batch_size / seconds,
+          "images_per_second": timed * config.train.batch_size / seconds,
           "data_wait_share": data_wait / seconds,
         }
-        writer.write(step, {**values, **speed})
-        progress.update(step, f"loss {values['loss']:.4f}  {speed['images_per_second']:.1f} images/s")
-        pending, clock, data_wait = [], time.monotonic(), 0.0
+        check_metric(config.logging.keep_best, values)
+        if distributed.is_writer():
+          writer.write(step, {**values, **speed})
+          progress.update(step, f"loss {values['loss']:.4f}  {speed['images_per_second']:.1f} images/s")
+        rows, clock, data_wait = [], time.monotonic(), 0.0
 
       if step % config.logging.sample_every == 0:
+        drawing = time.monotonic()
         draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
         text, negative = config.sample.text, config.sample.negative
         picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
-        (args.workdir / "samples").mkdir(exist_ok=True)
-        picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
-        clock = time.monotonic()  # drawing is not training time
+        if distributed.is_writer():
+          (args.workdir / "samples").mkdir(exist_ok=True)
+          picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
+        clock += time.monotonic() - drawing  # which is not training time
 
-      if step % config.logging.checkpoint_every == 0 or step == config.train.steps:
-        checkpoints.save(step, state.parts())
-  finally:
-    batches.close()
-    checkpoints.close()
-    writer.close()
-    progress.close()
-  print(f"trained to step {config.train.steps}; checkpoints, metrics.jsonl and samples in {args.workdir}")
+      if step % config.logging.checkpoint_every == 0 or ending:
+        checkpoints.save(step, state.parts(), values, {"report": rows})
+      heartbeat.beat(step)
+      if ending and step < final:
+        heartbeat.stopped()
+        break
+  if distributed.is_writer():
+    did = "trained to" if step == final else "SIGTERM: stopped, to be resumed, at"
+    print(f"{did} step {step}; checkpoints, metrics.jsonl and samples in {args.workdir}")
+  return step == final

@@ -2,7 +2,10 @@
 
 config.json      the resolved config        schema.json   the attributes
 frozen.json      content hashes of the frozen networks
+data.json        what the training data are, wherever they lie
 metrics.jsonl    one row a report           checkpoints/<step>/
+heartbeat/       one small file a process: step, state, time
+nonfinite.json   the batch whose loss was not finite
 
 An imported model (`compdiff import`) has no metrics but its frozen networks and tokenizer in directories of their own,
 and source.json, which says where it came from.
@@ -11,6 +14,7 @@ and source.json, which says where it came from.
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,12 @@ SOURCE_FILE = "source.json"
 # Sections without which a config.json is not that of a run.
 _SECTIONS = ("data", "weights", "scheduler", "conditioner", "sample")
 
-# These keys say how a run reads and reports, not what it computes; they may change when it is resumed.
-_REPORTING = ("logging.", "sample.", "data.threads", "data.workers")
+# These keys say how a run reads and reports, where its inputs lie (which are known by their content) and what hardware
+# it runs on, not what it computes; they may change when it is resumed.
+_FREE = (
+  *("logging.", "sample.", "data.path", "data.threads", "data.workers", "weights."),
+  *("mesh.", "sharding_rules", "remat", "train.accumulation"),
+)
 
 
 def content_hash(params: Mapping[str, Any]) -> str:
@@ -49,9 +57,25 @@ def content_hash(params: Mapping[str, Any]) -> str:
   return digest.hexdigest()
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, frozen_hashes: Mapping[str, str]) -> None:
-  """Makes `workdir` this run's, or checks that it already is: another config, schema or frozen network is refused."""
-  wanted = description(config, schema, frozen_hashes)
+def claim(
+  workdir: Path,
+  config: ml_collections.ConfigDict,
+  schema: Schema,
+  frozen_hashes: Mapping[str, str],
+  data: Any,
+  *,
+  accept_changes: bool = False,
+  write: bool = True,
+) -> None:
+  """Makes `workdir` this run's, or checks that it already is.
+
+  Args:
+    workdir: the run's directory, new or to be resumed.
+    config, schema, frozen_hashes, data: what must be the same when the run is resumed; the difference is named.
+    accept_changes: report differences instead of refusing them.
+    write: False only checks, after another process has written.
+  """
+  wanted = description(config, schema, frozen_hashes) | {"data": data}
   if (workdir / SOURCE_FILE).exists():
     raise InputError(
       f"{workdir} holds an imported model, which has no training to resume; train in a new --workdir with"
@@ -62,18 +86,25 @@ def claim(workdir: Path, config: ml_collections.ConfigDict, schema: Schema, froz
     changed = [
       difference
       for difference in differences(found, wanted)
-      if not difference.startswith(tuple(f"config.{key}" for key in _REPORTING))
+      if not difference.startswith(tuple(f"config.{key}" for key in _FREE))
     ]
-    if changed:
+    summary = f"{'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''}"
+    if changed and not accept_changes:
       raise InputError(
-        f"{workdir} belongs to another run ({'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''}); use another"
-        " --workdir or the values it was started with"
+        f"{workdir} belongs to another run ({summary}); use another --workdir, the values it was started with, or"
+        " --accept_changes to go on with these"
       )
+    if changed and write:
+      print(f"accepted changes of {workdir}: {summary}", file=sys.stderr)
+  elif not write:
+    raise InputError(f"{workdir} is not shared: process 0 has begun the run there, but this host does not see it")
   elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise InputError(f"{workdir} is not an empty directory and holds no run (no config.json); use another --workdir")
+  if not write:
+    return
   with writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir, wanted)
+    write_json(workdir, {"data": data, **description(config, schema, frozen_hashes)})
 
 
 def description(config: ml_collections.ConfigDict, schema: Schema, frozen_hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -128,14 +159,15 @@ class Run:
     """(step, all parameters), the trained ones from the checkpoint: `weights` is "ema" or "raw"."""
     frozen = self.model.load_frozen(self.config.weights)
     hashes = {name: content_hash(params) for name, params in frozen.items()}
+    hashes["tokenizer"] = self.tokenizer.content_hash()
     for name, expected in _read_json(self.workdir / "frozen.json").items():
-      if name in frozen and hashes[name] != expected:
+      if name in hashes and hashes[name] != expected:
         raise InputError(
           f"{self.config.weights[name]} is not the {name} that {self.workdir} was trained with (content hash differs)"
         )
     mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
     step, trained = self.load_trained(weights, mesh, step)
-    return step, self.model.assemble({**jax.device_put(frozen, sharding.replicated(mesh)), **trained})
+    return step, self.model.assemble({**sharding.place(frozen, sharding.replicated(mesh)), **trained})
 
   def load_trained(self, weights: str, mesh: Mesh, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, the parameters in the checkpoint), split over the axis `fsdp` of the mesh.

@@ -11,6 +11,8 @@ from conftest import config_arguments
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.data.input_pipeline import training_batches
+from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.metrics import read_metrics
 from compdiff_jax.workdir import open_run
 
@@ -113,6 +115,14 @@ def test_nan_stops_the_run_and_names_the_step(workspace, tmp_path, capsys):
   )
   message = capsys.readouterr().err.strip().splitlines()[-1]
   assert message.startswith("compdiff train: failed:") and "at step 3" in message
+  dumped = json.loads((workdir / "nonfinite.json").read_text())
+  assert dumped["step"] == 3 and dumped["metrics"]["loss"] in ("nan", "inf")
+  # The records of these keys are what the third batch showed.
+  records = RecordSet(workspace / "data")
+  batches = training_batches([(records, 1.0)], "train", batch_size=8, image_size=32, seed=42, first_step=2, threads=0)
+  source = records.split("train")
+  images = {source[i]["key"]: decode_image(source[i]["image"], 32) for i in range(len(source))}
+  np.testing.assert_array_equal([images[key] for key in dumped["batch"]], next(iter(batches))["images"])
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     assert checkpoints.steps == []
 

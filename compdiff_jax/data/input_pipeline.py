@@ -108,6 +108,38 @@ def training_batches(
     Batches {"images": uint8 [b, S, S, 3] or "moments": bfloat16 [b, s, s, 2c], "attributes": {name: [b]}} and, with a
     tokenizer, "input_ids" int32 [b, 77]. Batches cross epochs, so no record is dropped.
   """
+  source, order = _source_and_order(sets, split, seed, balance, balance_tau)
+  read = _BatchReader(source, sets[0][0].schema, sets[0][0].latents, image_size, tokenizer, prompt_attributes, threads)
+  rows = range(batch_size) if rows is None else rows
+  numbers = BatchNumbers(order, batch_size, rows, first_step)
+  ahead = grain.ReadOptions(num_threads=min(threads, 1), prefetch_buffer_size=_PREFETCH if threads else 0)
+  batches = grain.MapDataset.source(numbers).map(read).to_iter_dataset(ahead)
+  if not workers:
+    return batches
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags of their own, which this program does not offer
+  return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+
+
+def batch_keys(
+  sets: Sequence[tuple[RecordSet, float]],
+  split: str,
+  *,
+  step: int,
+  batch_size: int,
+  seed: int,
+  balance: Sequence[str] = (),
+  balance_tau: float = 0.0,
+) -> list[str]:
+  """The keys of the records in the global batch of a step, row by row; arguments as in `training_batches`."""
+  source, order = _source_and_order(sets, split, seed, balance, balance_tau)
+  return [record["key"] for record in source.read(BatchNumbers(order, batch_size, range(batch_size), step)[0])]
+
+
+def _source_and_order(
+  sets: Sequence[tuple[RecordSet, float]], split: str, seed: int, balance: Sequence[str], balance_tau: float
+) -> tuple[RecordSource, RecordOrder]:
+  """The records of all sets, one after the other, and the order in which training draws them."""
   sources, groups = [], []
   offset = 0
   for records, weight in sets:
@@ -119,18 +151,7 @@ def training_batches(
       members = [Group(np.arange(count), 1.0)]
     groups += [Group(offset + group.numbers, weight * group.weight) for group in members]
     offset += count
-  read = _BatchReader(
-    RecordSource.join(sources), sets[0][0].schema, sets[0][0].latents, image_size, tokenizer, prompt_attributes, threads
-  )
-  rows = range(batch_size) if rows is None else rows
-  numbers = BatchNumbers(RecordOrder(groups, seed), batch_size, rows, first_step)
-  ahead = grain.ReadOptions(num_threads=min(threads, 1), prefetch_buffer_size=_PREFETCH if threads else 0)
-  batches = grain.MapDataset.source(numbers).map(read).to_iter_dataset(ahead)
-  if not workers:
-    return batches
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain's worker processes read flags of their own, which this program does not offer
-  return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return RecordSource.join(sources), RecordOrder(groups, seed)
 
 
 def device_batches(batches: grain.IterDataset, sharding: NamedSharding, batch_size: int) -> grain.DatasetIterator:

@@ -63,12 +63,13 @@ def load(weights: WeightFiles, functional: Functional, mesh: Mesh | None = None)
   Args:
     weights: the files.
     functional: the model.
-    mesh: its axis `fsdp` splits the parameters, `sharding.parameter_spec`. Without one they are split over all devices.
+    mesh: its axis `fsdp` splits the parameters, `sharding.parameter_spec`. Without one they are split over this
+      process's devices.
 
   Raises:
     InputError: a broken file, or keys and shapes that differ from the model's.
   """
-  mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+  mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
   tensors = _tensors(weights)
   matched = _match(weights, tensors, functional)
   placed = sharding.tree_shardings(dict(functional.shapes), (), mesh)

@@ -13,6 +13,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import attention, merge_heads, split_heads
 from compdiff_jax.models.layers import ACTIVATIONS, Dense, Embed, LayerNorm
+from compdiff_jax.models.remat import rematerialized
 
 _ACTIVATIONS = ACTIVATIONS | {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
 
@@ -137,8 +138,9 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
   """The stack of layers."""
 
-  def __init__(self, config: CLIPTextConfig, dtype, rngs: nnx.Rngs):
-    self.layers = nnx.List([CLIPEncoderLayer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+  def __init__(self, config: CLIPTextConfig, dtype, remat: str, rngs: nnx.Rngs):
+    layer = rematerialized(CLIPEncoderLayer, remat)
+    self.layers = nnx.List([layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for layer in self.layers:
@@ -149,9 +151,9 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextTransformer(nnx.Module):
   """Embeddings, layers and the final layer norm."""
 
-  def __init__(self, config: CLIPTextConfig, dtype, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, dtype, remat: str, rngs: nnx.Rngs):
     self.embeddings = CLIPTextEmbeddings(config, dtype, rngs)
-    self.encoder = CLIPEncoder(config, dtype, rngs)
+    self.encoder = CLIPEncoder(config, dtype, remat, rngs)
     self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
   def __call__(self, input_ids: jax.Array) -> jax.Array:
@@ -159,11 +161,11 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-  """Token ids to the hidden states that condition the UNet."""
+  """Token ids to the hidden states that condition the UNet. `remat`: policy of `models.remat` for its layers."""
 
-  def __init__(self, config: CLIPTextConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, dtype=jnp.float32, *, remat: str = "none", rngs: nnx.Rngs):
     # The extra level gives the published keys their `text_model.` prefix.
-    self.text_model = CLIPTextTransformer(config, dtype, rngs)
+    self.text_model = CLIPTextTransformer(config, dtype, remat, rngs)
 
   def __call__(self, input_ids: jax.Array) -> jax.Array:
     """int [B, T] with T <= max_position_embeddings -> [B, T, hidden_size], after the final layer norm.

@@ -14,6 +14,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import Transformer2D
 from compdiff_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
+from compdiff_jax.models.remat import rematerialized
 from compdiff_jax.models.unet_blocks import (
   DownBlock2D,
   Downsample2D,
@@ -174,9 +175,12 @@ class TimestepEmbedding(nnx.Module):
 
 
 class UNet2DCondition(nnx.Module):
-  """Predicts noise (or v) from noisy latents, the diffusion time and a sequence of context tokens."""
+  """Predicts noise (or v) from noisy latents, the diffusion time and a sequence of context tokens.
 
-  def __init__(self, config: UNetConfig, dtype=jnp.float32, *, rngs: nnx.Rngs):
+  `remat` names a policy of `models.remat` for its residual and transformer blocks.
+  """
+
+  def __init__(self, config: UNetConfig, dtype=jnp.float32, *, remat: str = "none", rngs: nnx.Rngs):
     self.config = config
     channels = config.block_out_channels
     groups = config.norm_num_groups
@@ -184,7 +188,7 @@ class UNet2DCondition(nnx.Module):
     typed = {"dtype": dtype, "rngs": rngs}
     self.activation = ACTIVATIONS[config.act_fn]
     resnet = functools.partial(
-      ResnetBlock2D,
+      rematerialized(ResnetBlock2D, remat),
       groups=groups,
       eps=config.norm_eps,
       activation=self.activation,
@@ -192,7 +196,7 @@ class UNet2DCondition(nnx.Module):
       **typed,
     )
     transformer = functools.partial(
-      Transformer2D,
+      rematerialized(Transformer2D, remat),
       context_channels=config.cross_attention_dim,
       num_layers=config.transformer_layers_per_block,
       groups=groups,

@@ -1,5 +1,9 @@
-"""A sampling job: plan rows in, PNG files and a manifest out. Every piece is written whole or not at all."""
+"""A sampling job: plan rows in, PNG files and a manifest out. Every piece is written whole or not at all.
 
+Several processes compute each batch together, and one of them writes.
+"""
+
+import contextlib
 import csv
 import hashlib
 import io
@@ -8,11 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from compdiff_jax import __version__, sharding
+from compdiff_jax import __version__, distributed, sharding
 from compdiff_jax.cli import InputError, writing
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.prompts import format_prompt
@@ -60,8 +63,8 @@ def make_generate(
         {name: np.asarray(values)[index] for name, values in attributes.items()},
         np.asarray(seeds, np.uint32)[index],
       )
-      out = sampler(params, *jax.device_put(rows, sharding.batch_sharding(mesh)), guidance)
-      images.append(np.asarray(out)[: len(texts) - start])
+      out = sampler(params, *sharding.place(rows, sharding.batch_sharding(mesh)), guidance)
+      images.append(sharding.fetch(out)[: len(texts) - start])
     return np.concatenate(images)
 
   return generate
@@ -84,16 +87,20 @@ def run_job(
   """
   job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
   columns = ["file", "sha256", "text", *schema.names, "seed", "negative", *settings]
-  done = _open_output(out, job, columns, schema)
+  done = distributed.from_writer(lambda: _open_output(out, job, columns, schema))
   yield done
-  with (out / "manifest.csv").open("a", newline="") as file:
-    manifest = csv.writer(file)
+  with contextlib.ExitStack() as resources:
+    if distributed.is_writer():
+      file = resources.enter_context((out / "manifest.csv").open("a", newline=""))
+      manifest = csv.writer(file)
     for start in range(done, len(rows), batch_size):
       chunk = rows[start : start + batch_size]
       attributes = {a.name: np.asarray([row.attributes[a.name] for row in chunk], a.dtype) for a in schema}
       seeds = np.asarray([row.seed for row in chunk], np.uint32)
       images = generate([row.text for row in chunk], attributes, seeds, [row.negative for row in chunk])
       for index, (row, image) in enumerate(zip(chunk, images), start=start):
+        if not distributed.is_writer():
+          break
         values = {a.name: a.decode(row.attributes[a.name]) for a in schema}
         facts = {"text": row.text, "attributes": values, "seed": row.seed, "negative": row.negative}
         data = _encode_png(image, {**settings, **facts})
@@ -103,7 +110,8 @@ def run_job(
           (out / f".{name}").replace(out / name)
           digest = hashlib.sha256(data).hexdigest()
           manifest.writerow([name, digest, row.text, *values.values(), row.seed, row.negative, *settings.values()])
-      file.flush()
+      if distributed.is_writer():
+        file.flush()
       yield start + len(chunk)
 
 

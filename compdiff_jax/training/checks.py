@@ -1,24 +1,26 @@
-"""Checks and reports at start-up and while training."""
+"""Checks at start-up and while training."""
 
-import math
+import contextlib
+import json
+import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
 
-from compdiff_jax.cli import InputError, RunError
+from compdiff_jax.cli import InputError, RunError, nearest
 from compdiff_jax.data.records import RecordSet
-from compdiff_jax.sharding import bytes_per_device
 
 
 def check_intervals(logging: ml_collections.ConfigDict) -> None:
   """A checkpoint must fall on a report: a resumed run then reports the same means as an uninterrupted one."""
   if min(logging.log_every, logging.checkpoint_every, logging.sample_every, logging.keep_checkpoints) < 1:
     raise InputError("logging: log_every, checkpoint_every, sample_every and keep_checkpoints must be at least 1")
+  if min(logging.keep_every, logging.stall_seconds) < 0:
+    raise InputError("logging: keep_every and stall_seconds must not be negative; 0 switches them off")
   if logging.checkpoint_every % logging.log_every:
     raise InputError(
       f"logging.checkpoint_every {logging.checkpoint_every} must be a multiple of logging.log_every {logging.log_every}"
@@ -36,22 +38,52 @@ def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:
     print(f"warning: no training image has {', '.join(empty)}; pictures of these will mean nothing", file=sys.stderr)
 
 
-def check_finite(rows: Sequence[Mapping[str, Any]], first_step: int) -> None:
-  """Stops the run at the first step whose loss or gradient is not finite. Nothing after it has been checkpointed."""
+def check_metric(name: str, values: Mapping[str, float]) -> None:
+  """`logging.keep_best` must be a metric of the report."""
+  if name and name not in values:
+    raise InputError(f"logging.keep_best: there is no metric {name!r}{nearest(name, values)}")
+
+
+def check_finite(
+  rows: Sequence[Mapping[str, float]], first_step: int, keys: Callable[[int], Sequence[str]], path: Path
+) -> None:
+  """Stops the run at the first step whose loss or gradient is not finite. Nothing after it has been checkpointed.
+
+  `keys(step)` names the records of a step's batch; they are written to `path`, with the metrics of the step.
+  """
   for step, row in enumerate(rows, start=first_step):
     bad = [name for name in ("loss", "grad_norm") if not np.isfinite(row[name])]
     if bad:
+      if jax.process_index() == 0:
+        metrics = {name: repr(value) if not np.isfinite(value) else value for name, value in row.items()}
+        path.write_text(json.dumps({"step": step, "metrics": metrics, "batch": list(keys(step))}, indent=2) + "\n")
       raise RunError(
-        f"{' and '.join(bad)} became {float(row[bad[0]])} at step {step}; the last checkpoint is from before it."
-        " Lower train.learning_rate, or look at the batch of that step"
+        f"{' and '.join(bad)} became {row[bad[0]]} at step {step}; the last checkpoint is from before it, and the"
+        f" records of its batch stand in {path}. Look at them, or lower train.learning_rate"
       )
 
 
-def print_summary(shapes: Mapping[str, Mapping[str, Any]], abstract: Any, shardings: Any, mesh: Mesh) -> None:
-  """Prints, for each trained component, its size and what one device holds of the training state."""
-  print(f"mesh {dict(mesh.shape)} on {mesh.size} {jax.devices()[0].platform} device(s)", file=sys.stderr)
-  for name, leaves in shapes.items():
-    count = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    print(f"  {name:<14}{len(leaves):>5} tensors {count:>13,} parameters", file=sys.stderr)
-  mebibytes = bytes_per_device(abstract, shardings) / 2**20
-  print(f"  training state (parameters, EMA, optimizer): {mebibytes:,.1f} MiB a device", file=sys.stderr)
+@contextlib.contextmanager
+def out_of_memory_advice(config: ml_collections.ConfigDict) -> Iterator[None]:
+  """Turns "out of device memory", at compile time or in a step, into one line that says what to change."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
+      raise
+    # TPU: "Used 17.2G of 15.75G hbm"; GPU: "trying to allocate 1.2GiB".
+    sizes = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm|[Tt]rying to allocate [\d.]+ ?\w+", text)
+    options = [
+      f"a larger mesh.fsdp (now {config.mesh.fsdp})",
+      f"a larger train.accumulation (now {config.train.accumulation})",
+      f"a smaller train.batch_size (now {config.train.batch_size})",
+    ]
+    if config.remat != "blocks":
+      options.insert(1, f"remat={'matmuls' if config.remat == 'none' else 'blocks'} (now {config.remat})")
+    if config.compute_dtype == "float32":
+      options.insert(0, "compute_dtype=bfloat16")
+    raise RunError(
+      f"the training step does not fit in device memory ({sizes.group() if sizes else text[:120]}); in this order, try"
+      f" {'; '.join(options)}"
+    ) from None

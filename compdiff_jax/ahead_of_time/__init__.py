@@ -1,0 +1,1 @@
+"""Compiling a run's program for hardware that is not here, and reading what the compiler says about it."""

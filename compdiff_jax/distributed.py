@@ -1,0 +1,164 @@
+"""Several processes that compute as one: finding each other, one writer, waiting with a time-out, ending together.
+
+Every process runs the same command. `jax.distributed` finds the others by itself on TPU VMs, GKE, Slurm and Open MPI;
+elsewhere the command names them. Nothing here may be called after a device was used.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from compdiff_jax.cli import InputError, LostError
+
+# Errors of collectives whose peer is gone. Gloo, which joins CPU processes, raises a plain ValueError.
+_LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Barrier", "heartbeat")
+# A process that sends no sign of life for so long is dead, and the runtime ends the others.
+_HEARTBEAT_SECONDS = 60
+# For what every process reaches at about the same time.
+_WAIT_SECONDS = 300
+# Room for an error line or a small result.
+_MESSAGE_BYTES = 8192
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group(
+    "several processes",
+    "TPU VMs, GKE, Slurm and Open MPI are detected. Elsewhere start the same command once for each process with all of"
+    " the first three options. --num_processes=1 alone switches detection off.",
+  )
+  group.add_argument("--coordinator", metavar="HOST:PORT", help="a free port on the host of process 0")
+  group.add_argument("--num_processes", type=int, help="how many there are")
+  group.add_argument("--process_id", type=int, help="which of them this is, from 0")
+  group.add_argument(
+    "--process_timeout", type=float, default=_WAIT_SECONDS, metavar="SECONDS", help="how long to wait for others"
+  )
+
+
+def is_writer() -> bool:
+  """Whether this process writes what there is one of: metrics, pictures, config."""
+  return jax.process_index() == 0
+
+
+def _several() -> bool:
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+@contextlib.contextmanager
+def session(args: argparse.Namespace) -> Iterator[None]:
+  """Joins the other processes for the length of the block; at its end all wait for each other.
+
+  Raises:
+    InputError: the options are incomplete or contradict each other.
+    LostError: not all processes came in time, or one of them was lost on the way.
+  """
+  _join(args)
+  try:
+    yield
+  except Exception as error:
+    if _several() and any(word in str(error) for word in _LOST):
+      reason = " ".join(str(error).split())[:200]
+      raise LostError(
+        f"process {jax.process_index()} of {jax.process_count()} lost another one, whose log may say why ({reason});"
+        " the same command on every host resumes"
+      ) from error
+    raise
+  if _several():
+    # Whoever is still writing is waited for; afterwards the service can go without anyone taking it for a failure.
+    barrier("end", args.process_timeout)
+    jax.distributed.shutdown()
+
+
+def barrier(name: str, timeout: float = _WAIT_SECONDS) -> None:
+  """Waits until every process has come here. One that does not come in `timeout` seconds is an error."""
+  if _several():
+    multihost.get_barrier_sync_fn()(key=f"compdiff {name}", timeout_ms=round(1000 * timeout))
+
+
+def from_writer(function: Callable[[], Any]) -> Any:
+  """`function()` of the writer, on every process: what it returns (as JSON) or the `InputError` that it raises."""
+  if not _several():
+    return function()
+  answer = {}
+  if is_writer():
+    try:
+      answer = {"result": function()}
+    except InputError as error:
+      answer = {"error": str(error)}
+  barrier("writer")
+  text = np.zeros(_MESSAGE_BYTES, np.uint8)
+  encoded = json.dumps(answer).encode()
+  text[: len(encoded)] = list(encoded)
+  answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0"))
+  if "error" in answer:
+    raise InputError(answer["error"])
+  return answer["result"]
+
+
+def leave(status: int) -> None:
+  """After a failure ends this process at once, when it is one of several: waiting would only delay their noticing."""
+  if status and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _join(args: argparse.Namespace) -> None:
+  given = {name: getattr(args, name) for name in ("coordinator", "num_processes", "process_id")}
+  missing = [name for name, value in given.items() if value is None]
+  if jax.distributed.is_initialized() or given == {"coordinator": None, "num_processes": 1, "process_id": None}:
+    return
+  if missing and len(missing) < 3:
+    raise InputError(f"--{missing[0]} is missing; give --coordinator, --num_processes and --process_id together")
+  if not missing:
+    if not 0 <= args.process_id < args.num_processes:
+      raise InputError(f"--process_id {args.process_id} must be from 0 to {args.num_processes - 1}")
+    host, _, port = args.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+      raise InputError(f"--coordinator {args.coordinator!r} must be HOST:PORT")
+  if args.process_timeout <= 0:
+    raise InputError(f"--process_timeout {args.process_timeout:g} must be above 0")
+
+  failure: list[Exception] = []
+
+  def initialize():
+    try:
+      jax.distributed.initialize(
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        # All devices of the host, where the host says nothing else (Slurm: one process, one GPU).
+        cluster_detection_method=None if missing else "deactivate",
+        # The wait is bounded below: at its own time-out the runtime would abort without a word for the user.
+        initialization_timeout=round(args.process_timeout) + 3600,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=max(1, round(args.process_timeout)),
+      )
+    except Exception as error:  # whatever detection raises: metadata, Kubernetes, sockets
+      failure.append(error)
+
+  thread = threading.Thread(target=initialize, daemon=True)
+  thread.start()
+  thread.join(args.process_timeout)
+  if thread.is_alive():
+    who = f"coordinator {args.coordinator}" if args.coordinator else "the coordinator"
+    waits = "not all processes came" if args.process_id == 0 else f"{who} does not answer"
+    raise LostError(
+      f"{waits} within {args.process_timeout:g} s; check that the same command runs on every host and that the port is"
+      " open, or raise --process_timeout"
+    )
+  if failure:
+    reason = " ".join(str(failure[0]).split())
+    # No cluster was detected, or this is a call from a program that already uses its devices: one process.
+    if len(missing) == 3 and ("coordinator_address should be defined" in reason or "must be called before" in reason):
+      return
+    raise InputError(f"cannot join the other processes ({reason[:300]}); --num_processes=1 runs this one alone")
