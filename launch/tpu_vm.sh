@@ -29,8 +29,10 @@ create)
   ;;
 install)
   : "${BUCKET:?}"
-  git archive --format=tar.gz --output=/tmp/compdiff-jax.tar.gz HEAD
-  gcloud compute tpus tpu-vm scp /tmp/compdiff-jax.tar.gz "$NAME:" --zone="$ZONE" --worker=all
+  archive=$(mktemp)
+  git archive --format=tar.gz --output="$archive" HEAD
+  gcloud compute tpus tpu-vm scp "$archive" "$NAME:compdiff-jax.tar.gz" --zone="$ZONE" --worker=all
+  rm "$archive"
   on_all "mkdir -p compdiff-jax/bucket && tar -xzf compdiff-jax.tar.gz -C compdiff-jax && cd compdiff-jax
     python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
     python3 -m uv pip install --quiet --python .venv --editable . 'jax[tpu]'
