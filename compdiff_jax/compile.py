@@ -110,4 +110,7 @@ def print_report(facts: dict[str, Any]) -> None:
       f"  compiler's estimate, not measured: {facts['estimated_seconds']:.4g} s a step,"
       f" {facts['estimated_images_per_second_a_chip']:.4g} images/s a chip{mfu}"
     )
+  elif "compute_bound_seconds" in facts:
+    compute, memory = facts["compute_bound_seconds"], facts["memory_bound_seconds"]
+    show(f"  no estimate of the compiler; operations alone take {compute:.3g} s a step, memory traffic {memory:.3g} s")
   show("  fits" if facts["fits"] else f"  DOES NOT FIT: {facts.get('compiler', 'peak exceeds the device memory')}")

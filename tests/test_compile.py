@@ -153,6 +153,7 @@ def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path)
   facts = json.loads((tmp_path / "report.json").read_text())
   assert facts["devices"] == 8 and facts["slices"] == 2 and facts["device_kind"] == "TPU v5 lite"
   assert facts["fits"] and facts["memory"]["hbm"] == 16 * 2**30
-  assert facts["estimated_seconds"] > 0 and 0 < facts["estimated_mfu"] < 1
+  # The compiler has no estimate for programs that cross slices; the vendor's figures give two bounds.
+  assert facts["memory_bound_seconds"] > facts["compute_bound_seconds"] > 0
   networks = {row["network"] for row in facts["collectives"]}
   assert networks == {"within a slice", "between slices"}

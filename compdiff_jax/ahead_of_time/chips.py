@@ -65,6 +65,7 @@ def topology_devices(name: str, slices: int) -> list[Any]:
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU is needed)")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU VM to ask about
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so several may compile at once
   try:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
   except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
