@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.linear_reader import LinearReader
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.evaluation import alignment, features, groups, image_sets
 from compdiff_jax.evaluation.image_sets import ImageSet
@@ -30,9 +31,9 @@ def finished(run: Path) -> bool:
 class Yardstick:
   """Everything that is the same for every run: real features, the reader of attributes and what it reads off them."""
 
-  def __init__(self, out: Path, min_n: int):
+  def __init__(self, out: Path, reference: Path, min_n: int):
     self.min_n = min_n
-    self.real = image_sets.load(out / "reference", "test")
+    self.real = image_sets.load(reference, "test")
     train = image_sets.load(out / "data", "train")
     sample = train.take(image_sets.drawn(train.keys, _TRAIN_SAMPLE, 0))
     self.schema: Schema = self.real.schema
@@ -41,7 +42,7 @@ class Yardstick:
     self._extract = features.extractor(EXTRACTOR).extract
     self._standardise = features.Standardisation.fit(self._extract(sample.images))
     self._real = self._standardise(self._extract(self.real.images))
-    self._reader = alignment.reader_for(self.real.name)
+    self._reader = alignment.reader_for(self.real.name) or LinearReader()
     self._reader.fit(sample.images, sample.attributes, self.schema)
     self._read_real = self._reader.predict(self.real.images)
 
@@ -88,12 +89,13 @@ def _rows(columns: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.n
   return {name: np.asarray(values)[mask] for name, values in columns.items()}
 
 
-def measure_all(out: Path, methods: Sequence[str], seeds: Sequence[int], min_n: int) -> dict[str, Any]:
+def measure_all(out: Path, reference: Path, methods: Sequence[str], seeds: Sequence[int], min_n: int) -> dict[str, Any]:
   """Measures every run that has no result yet.
 
-  Returns {"runs": {method: {seed: {group: measures}}}, "shares": {cell: share of training}, "held_out": cells}.
+  Returns {"runs": {method: {seed: {group: measures}}}, "shares": {cell: share of training}, "held_out": cells,
+  "schema", "real": the images compared with}.
   """
-  yardstick = Yardstick(out, min_n)
+  yardstick = Yardstick(out, reference, min_n)
   order = np.argsort(_plan_keys(out))  # image i of a run copies the reference's record of plan row i
   runs: dict[str, dict[int, Any]] = {method: {} for method in methods}
   (out / "results").mkdir(exist_ok=True)
@@ -107,7 +109,13 @@ def measure_all(out: Path, methods: Sequence[str], seeds: Sequence[int], min_n: 
         temporary.replace(path)
       runs[method][seed] = json.loads(path.read_text())
   held_out = [yardstick.schema.cell_name(cell) for cell in yardstick.held_out]
-  return {"runs": runs, "shares": yardstick.shares(), "held_out": held_out}
+  return {
+    "runs": runs,
+    "shares": yardstick.shares(),
+    "held_out": held_out,
+    "schema": yardstick.schema,
+    "real": yardstick.real,
+  }
 
 
 def _plan_keys(out: Path) -> np.ndarray:

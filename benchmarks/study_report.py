@@ -8,7 +8,7 @@ the same for all runs, so the second kind does not shrink with more seeds.
 import csv
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.tables import machine, table
-from compdiff_jax.evaluation import image_sets
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.evaluation.image_sets import ImageSet
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -26,13 +27,11 @@ LABELS = {
   "baseline": "text baseline",
   "fairdiffusion": "FairDiffusion",
   "flat": "FLAT",
-  "hcn": "HCN (age as text)",
+  "hcn": "HCN v1",
   "compdiff": "CompDiff",
   "coind": "CoInD",
   "additive": "additive",
 }
-_ATTRIBUTES = ("sex", "group", "age")
-_TILE = 96
 
 
 class Figure(NamedTuple):
@@ -69,6 +68,7 @@ class Study:
     self.runs = results["runs"]
     self.shares = results["shares"]
     self.held_out = results["held_out"]
+    self.schema: Schema = results["schema"]
 
   def figure(self, method: str, value: Callable[[Mapping], float], se: Callable[[Mapping], float] | None = None):
     runs = list(self.runs[method].values())
@@ -89,18 +89,29 @@ class Study:
 
     return self.figure(method, mean, error)
 
-  def equity_scaled(self, method: str, attribute: str) -> Figure:
-    """D + sum over the attribute's levels of |D_level - D|: all levels at one n."""
+  def equity_scaled(self, method: str, attribute: str) -> str:
+    """D + sum over the attribute's levels of |D_level - D|: all levels at one n.
+
+    Without one of the levels it would flatter, so then it is not evaluable.
+    """
+    levels = [self.schema.cell_name({attribute: level}) for level in range(self.schema[attribute].num_levels)]
+    missing = [level for level in levels if any(level not in run for run in self.runs[method].values())]
+    if missing:
+      return f"not evaluable ({', '.join(missing)})"
 
     def scaled(run):
       whole = _kid(run, "overall")
-      levels = [group for group in run if run[group]["kind"] == "attribute" and group.startswith(f"{attribute}=")]
       return whole + sum(abs(_kid(run, level) - whole) for level in levels)
 
-    return self.figure(method, scaled)
+    return str(self.figure(method, scaled))
 
-  def fidelity(self, method: str, group: str, measure: str, side: str = "synthetic") -> Figure:
-    return self.figure(method, lambda run: run[group]["fidelity"][measure][side].get("value", math.nan))
+  def fidelity(self, method: str, group: str, measure: str, side: str = "synthetic") -> str:
+    """Accuracy or error read off the images; "void" where the reader fails on real ones."""
+    if any(group not in run for run in self.runs[method].values()):
+      return "not evaluable"
+    values = [run[group]["fidelity"][measure][side] for run in self.runs[method].values()]
+    refusals = {value["refusal"] for value in values if "refusal" in value}
+    return refusals.pop() if refusals else str(Figure.of([value["value"] for value in values]))
 
   @property
   def seen(self) -> list[str]:
@@ -121,7 +132,9 @@ def _kid_error(run: Mapping, group: str) -> float:
 # ---- Tables
 
 
-def write(out: Path, results: Mapping[str, Any], methods: Sequence[str], budget: Any, seconds: float) -> None:
+def write(
+  out: Path, results: Mapping[str, Any], methods: Sequence[str], budget: Any, title: str, seconds: float
+) -> None:
   """Writes tables.md, table1.csv to table4.csv, distance_by_share.png, held_out.png and grid.png."""
   study = Study(results)
   held = [cell for cell in study.held_out if all(cell in run for runs in study.runs.values() for run in runs.values())]
@@ -131,11 +144,12 @@ def write(out: Path, results: Mapping[str, Any], methods: Sequence[str], budget:
     "table3": ("Held-out cells: KID, 95 % interval", _held_out(study, methods, held)),
     "table4": ("Attributes read off the images, seen and held-out cells", _attributes(study, methods)),
   }
+  real = results["real"].images
   parts = [
-    "# Phantom study",
+    f"# {title}",
     f"{machine('jax', 'flax')} Budget {dataclasses.asdict(budget)}. The last call took {seconds / 60:.1f} min.",
     "KID on radiomics features, unbiased, at one number of images a cell. Mean ± standard deviation over"
-    f" {len(budget.seeds)} seeds. Toy scale: phantoms of 32 pixels.",
+    f" {len(budget.seeds)} seeds. Toy scale: compared with {len(real)} real images of {real.shape[1]} pixels.",
   ]
   for name, (title, (header, rows)) in tables.items():
     parts.append(f"## {title}\n\n{table(header, rows)}")
@@ -146,18 +160,19 @@ def write(out: Path, results: Mapping[str, Any], methods: Sequence[str], budget:
   _plot_shares(out / "distance_by_share.png", study, methods)
   if held:
     _plot_held_out(out / "held_out.png", study, methods, held)
-  _grid(out, methods, budget.seeds[0], held)
+  _grid(out, results["real"], study, methods, budget.seeds[0])
 
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def _overall(study: Study, methods: Sequence[str]) -> Table:
-  header = ["method", "KID", *(f"KID, equity-scaled by {a}" for a in _ATTRIBUTES), "KID by share of training", "FD"]
+  names = study.schema.names
+  header = ["method", "KID", *(f"KID, equity-scaled by {name}" for name in names), "KID by share of training", "FD"]
   shares = [study.shares[cell] for cell in study.seen]
   rows = []
   for method in methods:
-    scaled = [str(study.equity_scaled(method, attribute)) for attribute in _ATTRIBUTES]
+    scaled = [study.equity_scaled(method, name) for name in names]
     by_share = study.mean_distance(method, study.seen, shares)
     distance = study.figure(method, lambda run: run["overall"]["fd"]["value"])
     rows.append([LABELS[method], str(study.distance(method, "overall")), *scaled, str(by_share), str(distance)])
@@ -185,15 +200,13 @@ def _held_out(study: Study, methods: Sequence[str], held: Sequence[str]) -> Tabl
 
 
 def _attributes(study: Study, methods: Sequence[str]) -> Table:
-  measures = ("sex accuracy", "group accuracy", "age mean absolute error", "all attributes")
   groups = ("overall", "held-out (pair-seen)")
+  of_kind = {"categorical": "accuracy", "continuous": "mean absolute error"}
+  measures = [*(f"{a.name} {of_kind[a.kind]}" for a in study.schema), "all attributes"]
   header = ["images of", *(f"{name}, {part}" for part in ("seen", "held out") for name in measures)]
 
-  def cells(method: str, side: str) -> Iterable[str]:
-    for group in groups:
-      for measure in measures:
-        known = all(group in run for run in study.runs[method].values())
-        yield str(study.fidelity(method, group, measure, side)) if known else "not evaluable"
+  def cells(method: str, side: str) -> list[str]:
+    return [study.fidelity(method, group, measure, side) for group in groups for measure in measures]
 
   rows = [[LABELS[method], *cells(method, "synthetic")] for method in methods]
   real = [cell.split(" ± ")[0] for cell in cells(methods[0], "real")]  # the same for every seed
@@ -256,22 +269,18 @@ def _plot_held_out(path: Path, study: Study, methods: Sequence[str], held: Seque
   pyplot.close(figure)
 
 
-def _grid(out: Path, methods: Sequence[str], seed: int, held: Sequence[str]) -> None:
-  """Rows: real, then each method; columns: the first reference image of each held-out and of the common cells."""
+def _grid(out: Path, real: ImageSet, study: Study, methods: Sequence[str], seed: int) -> None:
+  """Rows: real, then each method; columns: the first test image of each held-out and of the two commonest cells."""
   with open(out / "plan.csv", newline="") as file:
-    plan = list(csv.DictReader(file))
-  real = image_sets.load(out / "reference", "test")
-  at = {key: i for i, key in enumerate(real.keys)}
-  schema, places = real.schema, []
-  columns = {a.name: np.array([a.encode(line[a.name]) for line in plan], a.dtype) for a in schema}
-  for cell in [*held, "age=60-80,sex=male,group=A", "age=40-60,sex=female,group=A"]:
-    places.append(int(np.flatnonzero(schema.in_cell(columns, schema.parse_cell(cell)))[0]))
-  rows = [[Image.fromarray(real.images[at[plan[place]["id"]]]) for place in places]]
+    rows_of_key = {line["id"]: row for row, line in enumerate(csv.DictReader(file))}
+  cells = [*study.held_out, *study.seen[:2]]
+  first = [int(np.flatnonzero(real.schema.in_cell(real.attributes, real.schema.parse_cell(c)))[0]) for c in cells]
+  rows = [[Image.fromarray(real.images[i]) for i in first]]
   for method in methods:
     folder = out / "runs" / f"{method}-{seed}" / "samples"
-    rows.append([Image.open(folder / f"{place:06d}.png").convert("RGB") for place in places])
-  figure, axes = pyplot.subplots(len(rows), len(places), figsize=(1.3 * len(places), 1.3 * len(rows)), squeeze=False)
-  titles = [*(f"{cell}\n(held out)" for cell in held), *(["seen"] * (len(places) - len(held)))]
+    rows.append([Image.open(folder / f"{rows_of_key[real.keys[i]]:06d}.png").convert("RGB") for i in first])
+  figure, axes = pyplot.subplots(len(rows), len(cells), figsize=(1.3 * len(cells), 1.3 * len(rows)), squeeze=False)
+  titles = [f"{cell}\n({'held out' if cell in study.held_out else 'seen'})" for cell in cells]
   for i, (label, pictures) in enumerate(zip(["real", *(LABELS[m] for m in methods)], rows)):
     for j, picture in enumerate(pictures):
       axes[i, j].imshow(picture, interpolation="nearest")

@@ -2,31 +2,42 @@
 
 import csv
 import dataclasses
+import os
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import phantom_study, study_report
+from benchmarks import linear_reader, phantom_study, real_study, study_report, study_runs
+from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.data.records import RecordSet
 from compdiff_jax.methods import CONDITIONERS
+from data_prep.phantom.population import SCHEMA
 
+_FUNDUS = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "fundus"
 _CELLS = ("age=60-80,sex=male,group=A", "age=40-60,sex=male,group=B", "age=18-40,sex=female,group=D")
 _HELD = "age=60-80,sex=male,group=C"
 
 
-def test_every_method_has_one_budget_and_one_order_of_data(tmp_path):
+@pytest.mark.parametrize(
+  ("attributes", "networks"),
+  [(SCHEMA.names, phantom_study.NETWORKS), (("grade", "eye", "maculopathy"), real_study.NETWORKS)],
+)
+def test_every_method_has_one_budget_and_one_order_of_data(tmp_path, attributes, networks):
   """After the study's settings, configs differ in where demographics go, and in nothing that costs or orders data."""
-  settings = phantom_study.run_settings(7, phantom_study.BUDGETS["quick"])
+  study = study_runs.Study(tmp_path, attributes, networks, phantom_study.BUDGETS["quick"])
   configs = {}
   for method in CONDITIONERS:
-    path, *overrides = phantom_study.config_arguments(tmp_path, method, settings)
+    path, *overrides = study_runs.config_arguments(study, method, study_runs.run_settings(7, study.budget))
     configs[method] = load_config(path.removeprefix("--config="), overrides)
   for method, config in configs.items():
     for part in ("seed", "data", "train", "unet", "vae", "text_encoder", "scheduler", "sample", "dropout"):
       assert config[part] == configs["baseline"][part], (method, part)
-    conditioned = config.conditioner.kind != "none"
-    assert bool(config.prompt_attributes) == (not conditioned or method == "hcn"), method
+    in_prompt = {"baseline": 3, "fairdiffusion": 3, "hcn": 1}.get(method, 0)
+    in_tokens = config.conditioner.attributes if config.conditioner.kind != "none" else ()
+    assert (*config.prompt_attributes, *in_tokens) == attributes and len(config.prompt_attributes) == in_prompt
   assert configs["fairdiffusion"].fairness.variant and configs["coind"].loss.coind
 
 
@@ -72,13 +83,17 @@ _RESULTS = {
   "runs": {"baseline": {42: _run(0), 43: _run(2)}, "compdiff": {42: _run(-8), 43: _run(-6)}},
   "shares": dict(zip((*_CELLS, _HELD), (0.6, 0.3, 0.1, 0.0))),
   "held_out": [_HELD],
+  "schema": SCHEMA,
+  "real": types.SimpleNamespace(images=np.zeros([96, 32, 32, 3], np.uint8)),
 }
 
 
 def test_study_figures():
   study = study_report.Study(_RESULTS)
   assert study.seen == list(_CELLS)
-  assert study.equity_scaled("baseline", "sex").mean == pytest.approx(21 + 8 + 10)
+  assert study.equity_scaled("baseline", "sex") == "39 ± 1.41"  # 21 + 8 + 10; the distances between levels are fixed
+  assert "not evaluable (group=B, group=C" in study.equity_scaled("baseline", "group")
+  assert study.fidelity("baseline", "overall", "sex accuracy") == "0.5 ± 0"
   weighted = study.mean_distance("baseline", study.seen, [study.shares[cell] for cell in study.seen])
   assert weighted.mean == pytest.approx(0.6 * 11 + 0.3 * 21 + 0.1 * 31)
   # Independent errors of 1 each, weighted, and half the difference of the seeds squared.
@@ -88,7 +103,7 @@ def test_study_figures():
 def test_tables_and_margins(tmp_path, monkeypatch):
   monkeypatch.setattr(study_report, "_grid", lambda *_: None)
   budget = dataclasses.replace(phantom_study.BUDGETS["quick"], seeds=(42, 43))
-  study_report.write(tmp_path, _RESULTS, ["baseline", "compdiff"], budget, 60)
+  study_report.write(tmp_path, _RESULTS, ["baseline", "compdiff"], budget, "Toy", 60)
   text = (tmp_path / "tables.md").read_text()
   assert "all seen cells: 13 (10.2 to 15.8) against 21 (18.2 to 23.8), +38% lower; intervals disjoint" in text
   assert "held-out cells: 33 (30.2 to 35.8) against 41 (38.2 to 43.8), +20% lower; intervals disjoint" in text
@@ -102,3 +117,38 @@ def test_tables_and_margins(tmp_path, monkeypatch):
 def test_bad_arguments(fails, tmp_path):
   message = fails(phantom_study.main, "--out", tmp_path / "out", "--quick", "--methods", "compdif")
   assert "did you mean 'compdiff'" in message and not (tmp_path / "out").exists()
+
+
+def test_linear_reader_reads_what_is_there_and_no_more():
+  """A bright half tells the side; the other attribute is in no pixel, and images of one patient do not give it away."""
+  schema = Schema(
+    (
+      Attribute("side", "categorical", values=("left", "right")),
+      Attribute("dose", "continuous", low=0, high=30, bins=(10, 20), unit="mg"),
+    )
+  )
+  rng = np.random.default_rng(0)
+  side, dose = rng.integers(0, 2, 300), rng.uniform(0, 30, 300)
+  images = rng.integers(0, 60, [300, 32, 32, 3])
+  for image, right in zip(images, side):
+    image[8:16, 20:28] += 60 * right
+    image[8:16, 4:12] += 60 * (1 - right)
+  unknown = np.where(np.arange(300) < 20, -1, side)  # left out of the fit
+  train = {"side": unknown[:200].astype(np.int32), "dose": dose[:200].astype(np.float32)}
+  reader = linear_reader.LinearReader().fit(images[:200].astype(np.uint8), train, schema)
+  read = reader.predict(images[200:].astype(np.uint8))
+  assert (read["side"] == side[200:]).all()
+  assert set(np.unique(read["dose"])) <= {5, 15, 25}
+  levels = schema["dose"].levels
+  assert (levels(read["dose"]) == levels(dose[200:].astype(np.float32))).mean() < 0.5
+
+
+@pytest.mark.skipif(not _FUNDUS.is_dir(), reason=f"real fundus photographs are not at {_FUNDUS}; set COMPDIFF_SHARED")
+def test_real_study_groups_grades(tmp_path):
+  real_study.prepare(tmp_path / "data", real_study.CASES["fundus"], _FUNDUS)
+  records = RecordSet(tmp_path / "data")
+  assert records.schema["grade"].values == ("no DR", "NPDR", "PDR")
+  train = [records.split("train")[i]["attributes"] for i in range(len(records.split("train")))]
+  cell = records.schema.parse_cell(real_study.CASES["fundus"].held_out)
+  columns = {a.name: np.array([row[a.name] for row in train], a.dtype) for a in records.schema}
+  assert len(train) > 100 and not records.schema.in_cell(columns, cell).any()
