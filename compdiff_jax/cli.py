@@ -8,8 +8,11 @@ import argparse
 import contextlib
 import difflib
 import fcntl
+import glob
 import json
+import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -125,16 +128,18 @@ def check_space(path: str | Path, num_bytes: int) -> None:
 def whole_directory(path: str | Path):
   """A temporary sibling directory that becomes `path` when the block succeeds and vanishes when it fails.
 
+  What a killed run on this machine has left of its own goes away, too.
+
   Raises:
     InputError: `path` is not new or empty, or cannot be written.
   """
   path = Path(path)
   existed = path.exists()
   new_directory(path)
-  directory = None
+  directory, lock = None, None
   try:
     with writing(path):
-      directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.absolute().parent))
+      directory, lock = _partial_directory(path)
       directory.chmod(path.stat().st_mode & 0o777)  # mkdtemp's own mode is private
     yield directory
     with writing(path):
@@ -146,6 +151,43 @@ def whole_directory(path: str | Path):
       with contextlib.suppress(OSError):
         path.rmdir()
     raise
+  finally:
+    if lock is not None:
+      os.close(lock)
+
+
+def _partial_directory(path: Path) -> tuple[Path, int | None]:
+  """A new sibling of `path` and the lock that is held on it; those of the same name that nobody holds are removed.
+
+  The kernel lets go of a lock when its process ends, however it ends. Locks of another machine cannot be relied upon,
+  so each looks after its own.
+  """
+  parent, prefix = path.absolute().parent, f".{path.name}.partial-{socket.gethostname()}-"
+  for left in parent.glob(f"{glob.escape(prefix)}*"):
+    lock = _lock(left)
+    if lock is not None:
+      shutil.rmtree(left, ignore_errors=True)
+      os.close(lock)
+  # It is locked before it gets a name under which it would be removed.
+  new = Path(tempfile.mkdtemp(prefix=f".{path.name}.new-", dir=parent))
+  lock = _lock(new)
+  directory = parent / f"{prefix}{new.name.rpartition('-')[2]}"
+  new.rename(directory)
+  return directory, lock
+
+
+def _lock(directory: Path) -> int | None:
+  """A descriptor that holds the directory; None where another process does, or where the file system has no locks."""
+  try:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+  except OSError:  # removed by another process
+    return None
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    os.close(descriptor)
+    return None
+  return descriptor
 
 
 @contextlib.contextmanager

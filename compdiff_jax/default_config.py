@@ -18,7 +18,7 @@ def conditioner(kind: str) -> ml_collections.ConfigDict:
 def base(kind: str = "typed") -> ml_collections.ConfigDict:
   """Method defaults: the reference's optimizer and loss weights, with text and attribute dropout on.
 
-  `kind` chooses the conditioner.
+  `kind` chooses the conditioner. The default of a new key must mean "as before": runs from before it get it, too.
   """
   config = ml_collections.ConfigDict()
   config.seed = 42

@@ -24,9 +24,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from compdiff_jax import sharding
+from compdiff_jax import default_config, sharding
 from compdiff_jax.checkpoint import Checkpoints, has_checkpoint
 from compdiff_jax.cli import InputError, writing
+from compdiff_jax.conditioning.family import CONFIGS
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import differences, to_plain
 from compdiff_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -83,6 +84,7 @@ def claim(
     )
   if (workdir / "config.json").exists():
     found = {name: _read_json(workdir / f"{name}.json") for name in wanted}
+    found["config"] = _completed(found["config"], workdir)
     changed = [
       difference
       for difference in differences(found, wanted)
@@ -123,6 +125,30 @@ def write_json(directory: Path, files: Mapping[str, Any]) -> None:
     temporary = directory / f".{name}.json"
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(directory / f"{name}.json")
+
+
+def _completed(values: Any, workdir: Path) -> dict[str, Any]:
+  """The contents of config.json with a value for every key of today's configs.
+
+  A key that was added to `default_config.base` since has its default there, which for this reason always means "as
+  before". What an imported model leaves out, the sections about training, it gets, too.
+  """
+  missing = [name for name in _SECTIONS if not isinstance(values, dict) or not isinstance(values.get(name), dict)]
+  if missing:
+    raise InputError(f"{workdir / 'config.json'} has no section {missing[0]}; is {workdir} the --workdir of a run?")
+  kind = values["conditioner"].get("kind")
+  defaults = default_config.base(kind if kind in list(CONFIGS) else "none")
+
+  def complete(own: dict[str, Any], base: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result = {**base, **own}
+    for name in own:
+      if isinstance(base.get(name), dict):
+        if not isinstance(own[name], dict):
+          raise InputError(f"{workdir / 'config.json'}: {prefix}{name} is {own[name]!r}, but it is a section of keys")
+        result[name] = complete(own[name], base[name], f"{prefix}{name}.")
+    return result
+
+  return complete(values, to_plain(defaults))
 
 
 def located(config: ml_collections.ConfigDict, workdir: Path) -> ml_collections.ConfigDict:
@@ -238,10 +264,7 @@ class Run:
 def open_run(workdir: str | Path) -> Run:
   """Opens a directory that `compdiff train` or `compdiff import` wrote."""
   workdir = Path(workdir)
-  values = _read_json(workdir / "config.json")
-  missing = [name for name in _SECTIONS if not isinstance(values, dict) or not isinstance(values.get(name), dict)]
-  if missing:
-    raise InputError(f"{workdir / 'config.json'} has no section {missing[0]}; is {workdir} the --workdir of a run?")
+  values = _completed(_read_json(workdir / "config.json"), workdir)
   config = located(ml_collections.ConfigDict(values), workdir)
   schema = Schema.load(workdir / "schema.json")
   if not has_checkpoint(workdir / "checkpoints"):

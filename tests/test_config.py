@@ -1,5 +1,9 @@
 """Configs and the command line: overrides, typos, verbs."""
 
+import signal
+import subprocess
+import sys
+
 import pytest
 from conftest import REPOSITORY
 
@@ -100,3 +104,25 @@ def test_whole_directory_is_whole_or_absent(tmp_path):
   assert [path.name for path in tmp_path.rglob("*")] == ["out", "all"]
   with pytest.raises(InputError, match="not empty"), cli.whole_directory(out):
     pass
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next_one_of_this_machine(tmp_path):
+  out = tmp_path / "out"
+  program = (
+    "import os, signal, sys; from compdiff_jax import cli\n"
+    "with cli.whole_directory(sys.argv[1]) as directory:\n"
+    "  (directory / 'half').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+  )
+  assert subprocess.run([sys.executable, "-c", program, out], cwd=REPOSITORY).returncode == -signal.SIGKILL
+  (killed,) = tmp_path.glob(".out.partial-*")
+  assert (killed / "half").exists()
+  others = [tmp_path / name for name in (".out.partial-elsewhere-abcdefgh", killed.name.replace("out", "outer"))]
+  for other in others:
+    other.mkdir()
+  with cli.whole_directory(out) as directory:
+    assert not killed.exists()
+    with pytest.raises(RuntimeError), cli.whole_directory(out):  # both are alive
+      raise RuntimeError
+    (directory / "all").touch()
+  assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*(other.name for other in others), "out"])
+  assert [path.name for path in out.iterdir()] == ["all"]

@@ -190,9 +190,11 @@ def test_a_killed_import_can_be_repeated(source, tmp_path):
   )
   killed = subprocess.run([sys.executable, "-c", program, *arguments], cwd=REPOSITORY, capture_output=True)
   assert killed.returncode == -signal.SIGKILL
+  assert list(tmp_path.glob(".run.partial-*"))
   with pytest.raises(InputError, match=r"config\.json is missing"):
     open_run(tmp_path / "run")
   import_weights.main(arguments)
+  assert not list(tmp_path.glob(".run.partial-*"))
   assert open_run(tmp_path / "run").load_params("ema")[0] == 0
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import config_arguments
+from conftest import PATIENCE, config_arguments
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ def _final_parts(workdir):
 
 
 def _finish(process):
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=PATIENCE)
   assert process.returncode == 0, err
   return out
 
@@ -45,7 +45,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(workspace, command,
   _finish(command("compdiff_jax", *arguments, f"--workdir={whole}"))
 
   process = command("compdiff_jax", *arguments, f"--workdir={killed}")
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + PATIENCE
   # Killed past a checkpoint, between two checkpoints, with rows in metrics.jsonl that the resumed run must repeat.
   while not any(row["step"] >= 10 for row in read_metrics(killed)):
     assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
@@ -144,6 +144,23 @@ def test_another_config_is_refused_and_nothing_is_touched(workspace, trained, fa
   assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_from_before_a_key_existed_goes_on(workspace, trained, tmp_path, fails):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  today = json.loads((workdir / "config.json").read_text())
+  old = json.loads((workdir / "config.json").read_text())
+  del old["lora"], old["loss"]["coind"], old["sample"]["guidance_parts"], old["conditioner"]["ordinal_encoder"]
+  (workdir / "config.json").write_text(json.dumps(old))
+  run = open_run(workdir)
+  assert run.model.lora is None and run.config.sample.guidance_parts == ""
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}"]
+  assert "(config.loss.coind: 0.0 -> 0.5)" in fails(train.main, *arguments, "--config.loss.coind=0.5")
+  train.main(arguments)
+  assert json.loads((workdir / "config.json").read_text()) == today
+  (workdir / "config.json").write_text(json.dumps({**old, "lora": 4}))
+  assert "config.json: lora is 4" in fails(train.main, *arguments)
+
+
 def test_foreign_directory_is_refused(workspace, tmp_path, fails):
   (tmp_path / "thesis.txt").write_text("mine")
   message = fails(train.main, *config_arguments(workspace), f"--workdir={tmp_path}")
@@ -180,7 +197,9 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
   ("override", "words"),
   [
     ("--config.train.batch_size=7", "not divisible"),
+    ("--config.train.batch_size=4", "choose a multiple of 8"),  # fewer rows than devices, and so than hosts
     ("--config.mesh.data=3", "does not divide 8 devices"),
+    ("--config.mesh.data=4", "needs 4 devices, 8 are present"),
     ("--config.data.path=nowhere", "nowhere is not a prepared data set"),
     ("--config.weights.vae=nowhere", "nowhere"),
     ("--config.weights.vae=", "compdiff train-vae"),
@@ -200,6 +219,17 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
 def test_bad_values_are_refused_before_anything_is_written(workspace, tmp_path, fails, override, words):
   message = fails(train.main, *config_arguments(workspace), override, f"--workdir={tmp_path / 'run'}")
   assert words in message
+  assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_on_shapes_that_it_does_not_divide(workspace, tmp_path, fails, capsys):
+  """A rule is an order and refused; by default such parameters stay whole, which is said."""
+  arguments = [*config_arguments(workspace), "--config.mesh.fsdp=8", f"--workdir={tmp_path / 'run'}"]
+  message = fails(train.main, *arguments, "--config.sharding_rules=(('unet.conv_out.bias',('fsdp',)),)")
+  assert "unet.conv_out.bias (4,) is not divisible by fsdp" in message
+  train.main([*arguments, "--dry_run"])
+  (line,) = [line for line in capsys.readouterr().err.splitlines() if "not split over fsdp" in line]
+  assert "no axis is divisible" in line and line.endswith("MiB")
   assert not (tmp_path / "run").exists()
 
 
