@@ -1,4 +1,4 @@
-"""Meshes, rules, the start-up table and recomputation. Losses on many meshes: test_step.py."""
+"""Meshes, rules, the start-up table and recomputation. Losses on many meshes: test_meshes.py."""
 
 import dataclasses
 
