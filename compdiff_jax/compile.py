@@ -1,7 +1,7 @@
-"""`compdiff compile`: does it fit, how fast could it be? Compiles a training step for machines that are not here.
+"""`compdiff compile`: does it fit, how fast could it be? Compiles a run's program for machines that are not here.
 
-The step is that of `compdiff train`, made from shapes alone: of pretrained networks only config.json is read, of the
-data only schema.json. Estimates are the compiler's; nothing is measured.
+The program is the step of `compdiff train` or the sampler of `compdiff sample`, made from shapes alone: of pretrained
+networks only config.json is read, of the data only schema.json. Estimates are the compiler's; nothing is measured.
 """
 
 import json
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 
 from compdiff_jax import cli
-from compdiff_jax.ahead_of_time.chips import topology_devices
-from compdiff_jax.ahead_of_time.program import report
+from compdiff_jax.ahead_of_time import suggest
+from compdiff_jax.ahead_of_time.chips import chip, topology_devices
+from compdiff_jax.ahead_of_time.report import report
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
 
@@ -22,95 +22,114 @@ from compdiff_jax.config import load_config
 def main(argv: list[str]) -> None:
   parser = cli.parser("compdiff compile", __doc__)
   parser.add_argument("--config", required=True, help="config file; override keys with --config.key=value")
+  parser.add_argument(
+    "--program", choices=("train", "sample"), default="train", help="the training step or the sampler"
+  )
   parser.add_argument("--topology", required=True, help="v5e:4x4, v5e:16x16, v5p:2x2x1, v6e:4x4, … or local")
   parser.add_argument("--slices", type=int, default=1, help="how many such slices, joined by the data-centre network")
   parser.add_argument("--inputs", choices=("images", "moments"), default="images", help="what the data set holds")
   parser.add_argument("--schema", type=Path, default=None, help="schema.json of the data; default: config.data.path's")
-  parser.add_argument("--suggest", action="store_true", help="if it does not fit, try remat, fsdp and accumulation")
+  parser.add_argument("--memory_gib", type=float, default=None, help="of a device; default: what its kind has")
+  parser.add_argument("--suggest", action="store_true", help="try remat, fsdp and accumulation, and report the best")
   parser.add_argument("--out", type=Path, default=None, help="write the report there as JSON, too")
   args, overrides = parser.parse_known_args(argv)
   config = load_config(args.config, overrides)
   if args.slices < 1:
     raise cli.InputError(f"--slices {args.slices} must be at least 1")
+  if args.memory_gib is not None and not args.memory_gib > 0:
+    raise cli.InputError(f"--memory_gib {args.memory_gib:g} must be positive")
   if args.topology != "local" and not jax.config.jax_platforms:
     jax.config.update("jax_platforms", "cpu")  # the compiler's wheel is there, its hardware need not be
   devices = topology_devices(args.topology, args.slices)
   schema = Schema.load(args.schema or Path(config.data.path) / "schema.json")
+  figures = chip(devices[0])
+  memory = int(args.memory_gib * 2**30) if args.memory_gib else figures and figures.hbm_bytes
 
-  facts = {"topology": args.topology, **report(config, schema, devices, args.inputs)}
-  print_report(facts)
-  tried = [facts]
-  if args.suggest and not facts["fits"]:
-    for changes in options(config, len(devices)):
-      print(f"trying {_as_arguments(changes)}", file=sys.stderr)
-      facts = {"topology": args.topology, **report(_changed(config, changes), schema, devices, args.inputs)}
-      facts["changes"] = changes
-      print_report(facts)
-      tried.append(facts)
-      if facts["fits"]:
-        break
-  result = {**tried[0], "tried": tried[1:]} if args.suggest else facts
-  text = json.dumps(result, indent=2)
+  def compile_with(changes: suggest.Changes) -> dict[str, Any]:
+    if changes:
+      print(f"trying {suggest.as_arguments(changes)}", file=sys.stderr)
+    changed = suggest.changed(config, changes)
+    facts = report(args.program, changed, schema, devices, args.topology, args.inputs, memory)
+    print_report(facts)
+    return {**facts, "changes": dict(changes)}
+
+  def options() -> list[suggest.Candidate]:
+    return suggest.candidates(args.program, config, schema, devices, args.inputs)
+
+  if args.suggest:
+    tried = list(suggest.search(options(), compile_with, memory))
+    if not tried:
+      raise cli.RunError(
+        f"{args.config} fits {args.topology} in no way: its state alone is larger than a device's memory"
+      )
+    facts = {**tried[-1], "tried": [_attempt(one) for one in tried]}
+  else:
+    facts = compile_with({})
+  text = json.dumps(facts, indent=2)
   print(text)
   if args.out:
     with cli.writing(args.out):
-      args.out.write_text(text + "\n")
-  if not tried[0]["fits"]:
-    found = f"; {_as_arguments(facts['changes'])} fits" if facts["fits"] else ""
-    advice = found or "; give remat=blocks, a larger mesh.fsdp, train.accumulation or a smaller train.batch_size"
-    raise cli.RunError(f"{args.config} does not fit {args.topology}{advice}")
+      cli.write_whole(args.out, text + "\n")
+  if args.suggest and facts["fits"]:
+    print(f"the best that fits: {suggest.as_arguments(facts['changes']) or 'the config as it is'}", file=sys.stderr)
+  elif not facts["fits"]:
+    advice = "nothing that was tried fits: give more devices or a smaller batch"
+    if not args.suggest:
+      advice = _advice(suggest.likely(options(), facts["memory"].get("peak", 0), facts["memory"]["available"]))
+    raise cli.RunError(f"{args.config} does not fit {args.topology}: {_overflow(facts['memory'])}; {advice}")
 
 
-def options(config: ml_collections.ConfigDict, devices: int) -> list[dict[str, Any]]:
-  """What to change, from the cheapest to the most expensive: recomputing, sharding the state, smaller micro-batches."""
-  found = []
-  policies = ["none", "matmuls", "blocks"]
-  for policy in policies[policies.index(config.remat) + 1 :]:
-    found.append({"remat": policy})
-  fsdp = config.mesh.fsdp
-  rest = devices // max(config.mesh.tensor, 1)
-  for size in (2, 4, 8, 16, 32):
-    if size > fsdp and rest % size == 0:
-      found += [{"mesh.fsdp": size, "mesh.data": -1}, {"mesh.fsdp": size, "mesh.data": -1, "remat": "blocks"}]
-  rows = config.train.batch_size // rest
-  accumulation = config.train.accumulation
-  for factor in (2, 4, 8):
-    if rows and rows % (accumulation * factor) == 0:
-      found.append({"train.accumulation": accumulation * factor, "remat": "blocks"})
-  return found
+def _attempt(facts: dict[str, Any]) -> dict[str, Any]:
+  names = ("changes", "fits", "estimated_images_per_second_a_chip", "compile_seconds", "compiler")
+  return {name: facts[name] for name in names if name in facts} | {"peak": facts["memory"].get("peak")}
 
 
-def _changed(config: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-  changed = config.copy_and_resolve_references()
-  changed.update_from_flattened_dict(changes)
-  return changed
+def _overflow(memory: dict[str, int]) -> str:
+  if "peak" not in memory:
+    return "the compiler ran out of a device's memory"
+  return f"it takes {_in_words(memory['peak'])} of a device's {_in_words(memory['available'])}"
 
 
-def _as_arguments(changes: dict[str, Any]) -> str:
-  return " ".join(f"--config.{key}={value}" for key, value in changes.items())
+def _advice(candidate: suggest.Candidate | None) -> str:
+  if candidate is None:
+    return "no batch, remat or mesh.fsdp should fit so few devices; give more, or train a LoRA (config.lora.rank)"
+  return f"{suggest.as_arguments(candidate.changes)} should fit; --suggest tries"
+
+
+def _in_words(size: float) -> str:
+  return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.2f} MiB"
 
 
 def print_report(facts: dict[str, Any]) -> None:
   """The report in a few lines, on stderr."""
   show = lambda *words: print(*words, file=sys.stderr)  # noqa: E731
-  gib = lambda size: f"{size / 2**30:,.2f} GiB"  # noqa: E731
-  show(f"training step for {facts['topology']}: {facts['devices']} x {facts['device_kind']}, mesh {facts['mesh']},")
-  show(
-    f"  batch {facts['batch_size']}, accumulation {facts['accumulation']}, remat {facts['remat']},"
-    f" {facts['compute_dtype']}, {facts['model_flops'] / 1e12:,.4g} TFLOP a step"
-  )
-  if "memory" in facts:
-    sizes = ", ".join(f"{name} {gib(size)}" for name, size in facts["memory"].items())
-    show(f"  memory of a device: {sizes}")
-    for row in facts["collectives"]:
-      show(f"  {row['kind']}, {row['network']}: {row['count']} operations, {gib(row['bytes'])} a device and step")
-  if "estimated_seconds" in facts:
-    mfu = f", MFU {facts['estimated_mfu']:.0%}" if "estimated_mfu" in facts else ""
+  settings = [f"batch {facts['batch_size']}"]
+  settings += [f"{name} {facts[name]}" for name in ("accumulation", "remat", "sampler", "steps") if name in facts]
+  name = "training step" if facts["program"] == "train" else "sampling a batch"
+  slices = f" on {facts['slices']} slices" if facts["slices"] > 1 else ""
+  show(f"{name}, {facts['topology']}: {facts['devices']} x {facts['device_kind']}{slices}, mesh {facts['mesh']},")
+  show(f"  {', '.join(settings)}, {facts['compute_dtype']}, {facts['model_flops'] / 1e12:,.4g} TFLOP")
+  show(f"  memory of a device: {', '.join(f'{part} {_in_words(size)}' for part, size in facts['memory'].items())}")
+  if "flops" in facts:
     show(
-      f"  compiler's estimate, not measured: {facts['estimated_seconds']:.4g} s a step,"
-      f" {facts['estimated_images_per_second_a_chip']:.4g} images/s a chip{mfu}"
+      f"  work of a device: {facts['flops'] / 1e12:,.4g} TFLOP, in kernels {facts['kernel_flops'] / 1e12:,.4g};"
+      f" {facts['bytes_accessed'] / 1e9:,.4g} GB read and written"
     )
-  elif "compute_bound_seconds" in facts:
-    compute, memory = facts["compute_bound_seconds"], facts["memory_bound_seconds"]
-    show(f"  no estimate of the compiler; operations alone take {compute:.3g} s a step, memory traffic {memory:.3g} s")
+  for row in facts.get("collectives", ()):
+    sizes = f"{_in_words(row['bytes'])}, of which it sends {_in_words(row['sent_bytes'])}"
+    show(f"  {row['kind']}, {row['network']}: {row['count']} operations, {sizes}")
+  bounds = {
+    "products": "compute_bound_seconds",
+    "memory": "memory_bound_seconds",
+    "ICI": "ici_seconds",
+    "DCN": "dcn_seconds",
+  }
+  alone = [f"{part} {facts[name]:.3g} s" for part, name in bounds.items() if name in facts]
+  if alone:
+    show(f"  each alone, at the vendor's peak: {', '.join(alone)}")
+  if "estimated_seconds" in facts:
+    show(
+      f"  compiler's estimate, not measured: {facts['estimated_seconds']:.4g} s,"
+      f" {facts['estimated_images_per_second_a_chip']:.4g} images/s a chip, MFU {facts['estimated_mfu']:.0%}"
+    )
   show("  fits" if facts["fits"] else f"  DOES NOT FIT: {facts.get('compiler', 'peak exceeds the device memory')}")

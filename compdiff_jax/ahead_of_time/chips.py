@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import itertools
+import math
 import os
 import re
 from typing import Any
@@ -20,28 +22,37 @@ class Chip:
     flops: dense bfloat16 operations per second.
     hbm_bytes: device memory.
     hbm_bandwidth: bytes per second.
+    ici_bandwidth: bytes per second that it can send to its neighbours, over all links together; 0: not stated.
+    dcn_bandwidth: its share of the host's network cards, bytes per second; 0: not stated.
   """
 
   flops: float
   hbm_bytes: int
   hbm_bandwidth: float
+  ici_bandwidth: float = 0.0
+  dcn_bandwidth: float = 0.0
 
 
 _GIB = 2**30
 
-# By the names that `device_kind` gives; the first that it begins with counts.
+# By the names that `device_kind` gives; the first that it begins with counts. Links of TPUs are from the pages v4, v5e,
+# v5p and v6e of the Cloud TPU documentation, half of the bidirectional figure (v4: all-reduce bandwidth of a pod, 1.1
+# PB/s, over its 4,096 chips). Networks: v5e two cards of 100 Gbit/s for eight chips, v5p 50 Gbit/s a chip, v6e four
+# cards of 200 Gbit/s for eight chips.
 CHIPS = {
-  "TPU v4": Chip(275e12, 32 * _GIB, 1.2e12),
-  "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.82e12),
-  "TPU v5": Chip(459e12, 95 * _GIB, 2.77e12),  # v5p
-  "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.64e12),
+  "TPU v4": Chip(275e12, 32 * _GIB, 1.2e12, 270e9),
+  "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.82e12, 200e9, 3.125e9),
+  "TPU v5": Chip(459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9),  # v5p
+  "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9),
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * _GIB, 1.6e12),
   "NVIDIA A100": Chip(312e12, 80 * _GIB, 2.0e12),
   "NVIDIA H100": Chip(989e12, 80 * _GIB, 3.35e12),
   "NVIDIA H200": Chip(989e12, 141 * 10**9, 4.8e12),
 }
 
-_GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+# Generations, and how long a side of a slice must be for its links to close into a ring.
+_GENERATIONS = {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16}
+_MAX_CHIPS = 256
 
 
 def chip(device: Any) -> Chip | None:
@@ -58,18 +69,48 @@ def topology_devices(name: str, slices: int) -> list[Any]:
     if slices != 1:
       raise InputError("--slices needs a TPU topology")
     return jax.devices()
-  generation, _, layout = name.partition(":")
-  if generation not in _GENERATIONS or not re.fullmatch(r"\d+(x\d+){1,2}", layout):
-    known = "" if generation in _GENERATIONS else nearest(generation, _GENERATIONS)
-    raise InputError(f"--topology {name!r} must be local or GENERATION:LAYOUT, for example v5e:4x4, v5p:2x2x4{known}")
+  sides = _sides(name)
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU is needed)")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is no TPU VM to ask about
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is used, so several may compile at once
+  # The two cores of a v4 chip work as one device, as they do by default where the hardware is.
+  options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
-  except (jax.errors.JaxRuntimeError, ValueError, RuntimeError) as error:
-    reason = " ".join(str(error).split())[:200]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices, **options).devices
+  except (jax.errors.JaxRuntimeError, ValueError, RuntimeError):
+    close = ", ".join(_layouts(name.partition(":")[0], math.prod(sides)))
     raise InputError(
-      f"--topology {name} with --slices {slices}: the TPU compiler knows no such one ({reason})"
+      f"--topology {name} with --slices {slices}: the TPU compiler knows no such one; of about that size: {close}"
     ) from None
+
+
+def is_torus(name: str) -> bool:
+  """Whether the links of every side of a slice close into rings, which doubles what they carry."""
+  return all(side == 1 or side % _GENERATIONS[name.partition(":")[0]] == 0 for side in _sides(name))
+
+
+def _sides(name: str) -> list[int]:
+  """[4, 4] of "v5e:4x4"."""
+  generation, _, layout = name.partition(":")
+  dimensions = 3 if generation in ("v4", "v5p") else 2
+  if generation not in _GENERATIONS or not re.fullmatch(rf"\d+(x\d+){{{dimensions - 1}}}", layout):
+    known = nearest(generation, _GENERATIONS) if generation not in _GENERATIONS else _suggestion(generation, layout)
+    raise InputError(f"--topology {name!r} must be local or GENERATION:LAYOUT, as v5e:4x4 or v5p:2x2x4{known}")
+  return [int(side) for side in layout.split("x")]
+
+
+def _suggestion(generation: str, layout: str) -> str:
+  """Of a chip count, "16", or of a layout with too many or too few sides."""
+  numbers = [int(number) for number in re.findall(r"\d+", layout)]
+  return f"; {generation} has {', '.join(_layouts(generation, math.prod(numbers) or 1))}"
+
+
+def _layouts(generation: str, chips: int) -> list[str]:
+  """Up to three layouts of about that many chips, at most 256; no side is more than twice another."""
+  dimensions = 3 if generation in ("v4", "v5p") else 2
+  sides = itertools.combinations_with_replacement([1, 2, 4, 8, 16], dimensions)
+  known = [s for s in sides if s[-1] <= 2 * s[0] and 4 <= math.prod(s) <= _MAX_CHIPS]
+  ranked = sorted(known, key=lambda s: (abs(math.log(math.prod(s) / chips)), s))
+  # Written as the vendor does: a side of 1 comes last.
+  return [f"{generation}:{'x'.join(map(str, sorted(s, key=lambda side: (side == 1, side))))}" for s in ranked[:3]]

@@ -24,7 +24,7 @@ from compdiff_jax.diffusion.samplers import Table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.sampling.guidance import Guidance
 from compdiff_jax.sampling.plan import PlanRow
-from compdiff_jax.sampling.sampler import make_sampler
+from compdiff_jax.sampling.sampler import make_sampler, padded_batch
 
 # (texts, attributes {name: [n]}, seeds [n], negative prompts) -> images uint8 [n, S, S, 3]
 Generate = Callable[[Sequence[str], Mapping[str, np.ndarray], np.ndarray, Sequence[str]], np.ndarray]
@@ -45,7 +45,7 @@ def make_generate(
   Rows are put through the compiled sampler in batches of one padded shape, sharded over all devices.
   """
   mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-  batch_size = -(-batch_size // mesh.size) * mesh.size
+  batch_size = padded_batch(batch_size, mesh.size)
   sampler = make_sampler(model, table, guidance_rescale)
 
   def generate(params, texts, attributes, seeds, negatives):

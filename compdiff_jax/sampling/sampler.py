@@ -24,6 +24,11 @@ def sampler_to_config(sampler: Sampler) -> dict[str, Any]:
   return {"sampler": options.pop("name"), **options}
 
 
+def padded_batch(batch_size: int, devices: int) -> int:
+  """The batch that is computed: as many rows on every device."""
+  return -(-batch_size // devices) * devices
+
+
 def make_sampler(model: LatentDiffusion, table: Table, guidance_rescale: float) -> Callable[..., jax.Array]:
   """Returns the jitted function (params, input_ids, negative_ids, attributes, seeds, guidance) -> images.
 

@@ -1,0 +1,187 @@
+"""What is known about a program before it runs: memory, work, traffic, and how fast that lets it be."""
+
+import collections
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+
+from compdiff_jax.ahead_of_time.chips import Chip, chip, is_torus
+from compdiff_jax.ahead_of_time.flops import count_jaxpr
+from compdiff_jax.ahead_of_time.hlo import Program as Compiled
+from compdiff_jax.ahead_of_time.program import Program, model_flops, trace
+from compdiff_jax.conditioning.schema import Schema
+
+# How the TPU compiler says what it wanted, in gibibytes and the like: "(20.00G) exceeds", "Used 23.41G of 15.75G hbm".
+_WANTED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)\)? (?:exceeds available|of [\d.]+[KMGT]? hbm)")
+_AVAILABLE = re.compile(r"(?:available HBM \(|of )([\d.]+)([KMGT]?)(?:\)| hbm)")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# A call without which nothing is computed, to which the TPU compiler's estimate gives the time of -1 s.
+_COSTLESS_CALL = "ConcatBitcast"
+
+
+def report(
+  program: str,
+  config: ml_collections.ConfigDict,
+  schema: Schema,
+  devices: Sequence[Any],
+  topology: str,
+  inputs: str,
+  memory_bytes: int | None = None,
+) -> dict[str, Any]:
+  """Compiles the program and returns what is known about it, ready for JSON.
+
+  Args:
+    program: "train" or "sample".
+    config: the run's config.
+    schema: attributes of the data.
+    devices: those of `topology`, "local" or a TPU topology's name.
+    inputs: what the data set holds, "images" or "moments".
+    memory_bytes: of a device; None: that of its kind.
+
+  `fits` is False, and what follows from a compiled program is missing, where the compiler ran out of device memory.
+  """
+  figures = chip(devices[0])
+  traced = trace(program, config, schema, devices, inputs)
+  facts = _question(program, config, devices, topology, inputs, traced)
+  facts["model_flops"] = model_flops(config, schema, inputs, program)
+  facts["memory"] = {"state": traced.state_bytes, "gradients": traced.gradient_bytes}
+  available = memory_bytes or (figures.hbm_bytes if figures else None)
+  if available:
+    facts["memory"]["available"] = available
+  started = time.monotonic()
+  try:
+    compiled = traced.traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return facts | out_of_memory(str(error), facts["memory"])
+  facts["compile_seconds"] = round(time.monotonic() - started, 1)
+  facts["memory"] |= _memory(compiled)
+  facts["fits"] = available is None or facts["memory"]["peak"] <= available
+  text = Compiled(compiled.as_text())
+  facts |= _work(compiled.cost_analysis(), text, traced, devices[0].platform, figures)
+  facts |= _speed(facts, figures)
+  facts["collectives"] = _collectives(text, "ICI" if devices[0].platform == "tpu" else "links")
+  facts |= _network_seconds(facts["collectives"], figures, 1 if topology == "local" or is_torus(topology) else 2)
+  return facts
+
+
+def _question(
+  program: str,
+  config: ml_collections.ConfigDict,
+  devices: Sequence[Any],
+  topology: str,
+  inputs: str,
+  traced: Program,
+) -> dict[str, Any]:
+  facts: dict[str, Any] = {
+    "program": program,
+    "topology": topology,
+    "slices": len({getattr(device, "slice_index", 0) for device in devices}),
+    "devices": traced.mesh.size,
+    "device_kind": devices[0].device_kind,
+    "mesh": dict(traced.mesh.shape),
+    "batch_size": traced.images,
+    "compute_dtype": config.compute_dtype,
+    "libraries": {"jax": jax.__version__},
+  }
+  if program == "sample":
+    return facts | {"steps": config.sample.num_steps, "sampler": config.sample.sampler}
+  return facts | {"inputs": inputs, "accumulation": config.train.accumulation, "remat": config.remat}
+
+
+def out_of_memory(message: str, memory: Mapping[str, int]) -> dict[str, Any]:
+  """What to report when the compiler ran out of device memory: its message, and `memory` with what it wanted."""
+  text = " ".join(message.split())
+  found = {name: _size(pattern, text) for name, pattern in (("peak", _WANTED), ("available", _AVAILABLE))}
+  known = {name: size for name, size in found.items() if size}
+  return {"fits": False, "memory": {**memory, **known}, "compiler": text.removeprefix("RESOURCE_EXHAUSTED: ")[:200]}
+
+
+def _size(pattern: re.Pattern[str], text: str) -> int | None:
+  found = pattern.search(text)
+  return int(float(found[1]) * _UNITS[found[2]]) if found else None
+
+
+def _memory(compiled: Any) -> dict[str, int]:
+  """Bytes of one device. Donated arguments and the results that take their place are counted once."""
+  stats = compiled.memory_analysis()
+  sizes = {
+    "arguments": stats.argument_size_in_bytes,
+    "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  return {**sizes, "peak": sum(sizes.values())}
+
+
+def _work(
+  costs: Mapping[str, float], text: Compiled, traced: Program, platform: str, figures: Chip | None
+) -> dict[str, float]:
+  """Operations, bytes and the compiler's time of one device and call.
+
+  Operations are counted in the traced program: recomputation, loops and kernels are in them. The compiler's bytes and
+  time know neither how often a loop runs nor what is inside a kernel. Both are added: loops by the share of the traffic
+  that is inside, kernels by what their operands and operations take at the peak of the chip.
+  """
+  jaxpr, devices = traced.traced.jaxpr.jaxpr, traced.mesh.size
+  lowered = "cuda" if platform == "gpu" else platform
+  kernels = text.custom_calls("tpu_custom_call")
+  kernel_bytes = sum(size * times for size, times in kernels)
+  total, once = text.bytes_accessed()
+  loops = (total - kernel_bytes) / max(once - sum(size for size, _ in kernels), 1)
+  work = {
+    "flops": count_jaxpr(jaxpr, lowered) / devices,
+    "kernel_flops": count_jaxpr(jaxpr, lowered, kernels_only=True) / devices,
+    "bytes_accessed": float(costs["bytes accessed"]) * loops + kernel_bytes,
+  }
+  seconds = costs.get("optimal_seconds", 0.0) + len(text.custom_calls(_COSTLESS_CALL))
+  if figures is not None and seconds > 0:
+    inside = max(work["kernel_flops"] / figures.flops, kernel_bytes / figures.hbm_bandwidth)
+    work["estimated_seconds"] = float(seconds) * loops + inside
+  return work
+
+
+def _speed(facts: Mapping[str, Any], figures: Chip | None) -> dict[str, float]:
+  """Estimates, not measurements: what follows from the compiler's time, and the two bounds that vendor figures give."""
+  speed = {}
+  if figures is not None:
+    speed["compute_bound_seconds"] = facts["flops"] / figures.flops
+    speed["memory_bound_seconds"] = facts["bytes_accessed"] / figures.hbm_bandwidth
+  if "estimated_seconds" in facts:
+    seconds = facts["estimated_seconds"]
+    speed["estimated_images_per_second_a_chip"] = facts["batch_size"] / facts["devices"] / seconds
+    speed["estimated_mfu"] = facts["model_flops"] / facts["devices"] / seconds / figures.flops
+  return speed
+
+
+def _collectives(text: Compiled, links: str) -> list[dict[str, Any]]:
+  """Operations and bytes of one device and call by kind and network, the largest first.
+
+  `bytes` is the size of the arrays, `sent_bytes` what the device sends of them.
+  """
+  totals = collections.defaultdict(lambda: [0, 0, 0.0])
+  for one in text.collectives():
+    total = totals[one.kind, "DCN" if one.between_slices else links]
+    total[0] += one.times
+    total[1] += one.times * one.size
+    total[2] += one.sent
+  ranked = sorted(totals.items(), key=lambda item: -item[1][1])
+  return [
+    {"kind": kind, "network": network, "count": count, "bytes": size, "sent_bytes": round(sent)}
+    for (kind, network), (count, size, sent) in ranked
+  ]
+
+
+def _network_seconds(rows: Sequence[Mapping[str, Any]], figures: Chip | None, detour: int) -> dict[str, float]:
+  """What the collectives take alone, at the speed of all links together; `detour` is 2 where they form no rings."""
+  seconds = {}
+  for network, speed in (("ICI", figures and figures.ici_bandwidth), ("DCN", figures and figures.dcn_bandwidth)):
+    sent = sum(row["sent_bytes"] for row in rows if row["network"] == network)
+    if sent and speed:
+      seconds[f"{network.lower()}_seconds"] = sent / speed * (detour if network == "ICI" else 1)
+  return seconds
