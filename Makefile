@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-beam lint parity parity-full clean
+.PHONY: demo test test-beam lint parity parity-full pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
@@ -23,6 +23,12 @@ parity: $(VENV)/.test-installed
 
 parity-full: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.parity_full
+
+# docs/pods.md: the chest config compiled for TPU slices, each 10 to 20 minutes of two cores; goes on where it was stopped.
+# The TPU compiler stays out of the environment: with it, JAX would look for a TPU.
+pods: $(VENV)/.test-installed
+	$(BIN)/pip install --quiet --upgrade --no-deps --target build/libtpu libtpu==0.0.42
+	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/python -m benchmarks.pods
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

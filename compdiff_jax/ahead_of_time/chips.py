@@ -37,8 +37,8 @@ _GIB = 2**30
 
 # By the names that `device_kind` gives; the first that it begins with counts. Links of TPUs are from the pages v4, v5e,
 # v5p and v6e of the Cloud TPU documentation, half of the bidirectional figure (v4: all-reduce bandwidth of a pod, 1.1
-# PB/s, over its 4,096 chips). Networks: v5e two cards of 100 Gbit/s for eight chips, v5p 50 Gbit/s a chip, v6e four
-# cards of 200 Gbit/s for eight chips.
+# PB/s, over its 4,096 chips). Networks: v5e two cards of 100 Gbit/s for eight chips, v5p 50 Gbit/s a chip, both from
+# there; v6e four cards of 200 Gbit/s for eight chips, general knowledge; v4 is not stated.
 CHIPS = {
   "TPU v4": Chip(275e12, 32 * _GIB, 1.2e12, 270e9),
   "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.82e12, 200e9, 3.125e9),

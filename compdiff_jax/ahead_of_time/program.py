@@ -84,6 +84,10 @@ class TrainingStep:
     frozen = ["vae", "text_encoder"] + (["unet"] if model.lora else [])
     self._frozen = {name: model.component(name).shapes for name in frozen if name not in model.trained}
 
+  @property
+  def trained_parameters(self) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
+
   def trace(self, devices: Sequence[Any] | None) -> Program:
     """On these devices, by `config.mesh`; None: on one device of this machine, without any sharding."""
     config, model = self._config, self._model

@@ -1,6 +1,7 @@
 """What is known about a program before it runs: memory, work, traffic, and how fast that lets it be."""
 
 import collections
+import importlib.metadata
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -78,6 +79,7 @@ def _question(
   inputs: str,
   traced: Program,
 ) -> dict[str, Any]:
+  libraries = ["jax"] if topology == "local" else ["jax", "libtpu"]
   facts: dict[str, Any] = {
     "program": program,
     "topology": topology,
@@ -87,7 +89,7 @@ def _question(
     "mesh": dict(traced.mesh.shape),
     "batch_size": traced.images,
     "compute_dtype": config.compute_dtype,
-    "libraries": {"jax": jax.__version__},
+    "libraries": {name: importlib.metadata.version(name) for name in libraries},
   }
   if program == "sample":
     return facts | {"steps": config.sample.num_steps, "sampler": config.sample.sampler}

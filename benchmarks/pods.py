@@ -1,0 +1,339 @@
+"""`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
+
+Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
+again, so the command resumes. A compile takes 10 to 20 minutes of two cores and up to 6 GB. Needs the `libtpu` wheel.
+`--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.tables import machine, table
+from compdiff_jax.ahead_of_time.chips import CHIPS, Chip, is_torus
+from compdiff_jax.conditioning.schema import Attribute, Schema
+from tests.network_configs import SD21_BASE
+
+CONFIG = "configs/chest/compdiff.py"
+PAGE, REPORTS = Path("docs/pods.md"), Path("docs/pods")
+TEXT = """# TPU pods
+
+Written by `make pods` (`python -m benchmarks.pods`). Nothing here was measured on a TPU: memory, work and traffic are
+the TPU compiler's, which needs no TPU; times are **estimates**.
+
+## The chest config at full size
+
+Stable Diffusion 2.1-base at 512 px with the CompDiff-2 conditioner, `configs/chest/compdiff.py`: cached moments, frozen
+text encoder, average of the weights, bfloat16 compute. Its batch of 48 is no multiple of 64 or 256 chips, so there are
+8 or 16 images a chip. Names are the vendor's: v5p-8 has 4 chips (8 cores), v5e-16 and v6e-16 have 16.
+
+```
+{commands}
+```
+
+{figures}
+
+{missing}{machine}
+
+- *TFLOP* are matrix products and convolutions, with what is recomputed. Inside kernels (attention) they are counted in
+  the kernel's own program, as the compiler does not look into it.
+- *Alone* is what one resource takes at the vendor's peak while the others are idle; a step takes at least the largest.
+- *The compiler's estimate* is its sum over all instructions, with kernels and repeated loops added. It knows nothing of
+  padding to the matrix units (320 channels take 384), nor of waiting for other chips.
+- *MFU* divides the operations of the plain step (nothing recomputed) by estimate and peak.
+- A v5e with 16 GB keeps parameters, two moments and the average (13.9 GB in float32) on eight chips together.
+
+Compiling takes long; `JAX_OPTIMIZATION_LEVEL=O1` and `JAX_MEMORY_FITTING_LEVEL=O0` (options of JAX, O0 to O3) ask the
+compiler for less effort. What that changes in these programs has not been examined, and no figure here used them.
+`compdiff compile --suggest` finds remat, `mesh.fsdp` and `train.accumulation` for a slice by compiling the fastest
+first, at most six; what cannot fit by its state alone is not compiled.
+
+## From 8 to 256 chips and two slices
+
+An estimate on paper, with a fixed number of images a chip: a step's own time does not change with the number of chips,
+what is sent does. All of {parameters} M parameters are trained; their gradients are {gradient} GB in float32.
+
+- Inside a slice, with `mesh.fsdp` f of n chips: parameters are gathered for the forward and the backward pass and
+  gradients scattered, 3 (f − 1)/f of {gradient} GB; the copies are summed, 2 (1 − f/n) of an f-th of it. The compiler
+  may send gradients in bfloat16, which halves that.
+- Between slices: each chip has an n-th of the summed gradients to exchange, and sends it as often as a ring of the
+  slices takes, 2 (s − 1)/s times.
+- Links: {mfu} of the peak is assumed for the step where nothing was compiled ({image} TFLOP an image). A slice whose
+  sides do not close into rings (below 16 chips a side on v5e and v6e, below 4 on v5p) carries half.
+
+{links}
+
+Links are from the Cloud TPU documentation (pages v5e, v5p, v6e, read in November 2026): half of the bidirectional
+bandwidth a chip. Networks: v5e two cards of 100 Gbit/s for eight chips and v5p 50 Gbit/s a chip, from the same pages;
+v6e four cards of 200 Gbit/s for eight chips is general knowledge.
+
+{scaling}
+
+*Efficiency* is against a chip alone: with nothing of the traffic hidden behind the step, and with all of it. The TPU
+compiler overlaps gathering and reducing with the products beside them, so a run should lie between the two.
+
+What limits it:
+
+- Inside a slice the traffic hardly grows with the number of chips: (n − 1)/n is 0.88 for 8 and 1.00 for 256. Larger
+  slices even gain, because their links close into rings.
+- The ratio of work to traffic is images a chip × {image} TFLOP to 3 × {gradient} GB. Twice the images a chip halve the
+  loss; `train.accumulation` spares the sum of gradients, not the gathering. The ratio is worst on v6e, whose links grew
+  less than its peak.
+- Between slices the gradients of a small slice are the bottleneck: with two of 16 chips, a chip exchanges sixteen times
+  as much as with two of 256. Large slices before many.
+- The global batch: 256 chips × 8 images are 2,048, forty times the reference's 48. How far the batch may grow before it
+  costs quality is a question of training, which no compiler answers.
+"""
+
+
+class Slice(NamedTuple):
+  """What is compiled.
+
+  Attributes:
+    kind: the first words of the chip's `device_kind`.
+    topology: as `compdiff compile` has it.
+    chips: how many.
+    rows: images a chip and step.
+    fsdp: chips that share parameters, moments and average.
+    remat: what is recomputed.
+  """
+
+  kind: str
+  topology: str
+  chips: int
+  rows: int
+  fsdp: int
+  remat: str
+
+  def overrides(self) -> list[str]:
+    settings = {"train.batch_size": self.rows * self.chips, "mesh.fsdp": self.fsdp, "remat": self.remat}
+    return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+# v5e has 16 GB, so the state is spread and activations are recomputed; v5p has 95 GB and needs neither.
+SLICES = {
+  "v5e-16": Slice("TPU v5 lite", "v5e:4x4", 16, 8, 8, "matmuls"),
+  "v5e-256": Slice("TPU v5 lite", "v5e:16x16", 256, 8, 8, "matmuls"),
+  "v5p-8": Slice("TPU v5", "v5p:2x2x1", 4, 16, 1, "none"),
+  "v5p-128": Slice("TPU v5", "v5p:4x4x4", 64, 16, 1, "none"),
+  "v6e-16": Slice("TPU v6 lite", "v6e:4x4", 16, 8, 4, "none"),
+  "v6e-256": Slice("TPU v6 lite", "v6e:16x16", 256, 8, 4, "none"),
+}
+
+# Layouts of the scaling table, and how many such slices.
+SCALING = {
+  "v5e": (("2x4", 1), ("4x4", 1), ("8x8", 1), ("16x16", 1), ("4x4", 2), ("16x16", 2)),
+  "v5p": (("2x2x2", 1), ("2x2x4", 1), ("4x4x4", 1), ("4x8x8", 1), ("2x2x4", 2), ("4x8x8", 2)),
+  "v6e": (("2x4", 1), ("4x4", 1), ("8x8", 1), ("16x16", 1), ("4x4", 2), ("16x16", 2)),
+}
+# Where a generation has no compiled program yet.
+ASSUMED_MFU = 0.35
+# The config's UNet and conditioner, and an image's operations (tests/test_pods.py counts both).
+PARAMETERS = 865_910_724 + 6_311_463
+IMAGE_FLOPS = 2.459e12
+_FLOAT32 = 4
+
+
+def traffic(chips: int, slices: int, fsdp: int, parameters: int = PARAMETERS) -> tuple[float, float]:
+  """Bytes that a chip sends in a step, (ICI, DCN): parameters are gathered twice, gradients summed, in float32.
+
+  In a ring of n, a sum over n costs 2 (n - 1) / n of the array, gathering or scattering it half of that. A slice sums
+  its gradients first, so that each chip has 1 / chips of them to exchange with the other slices.
+
+  Args:
+    chips: of one slice.
+    slices: how many.
+    fsdp: chips that share the state; the others of a slice hold copies.
+    parameters: that are trained.
+  """
+  size = _FLOAT32 * parameters
+  copies = chips // fsdp
+  ici = size * 3 * (1 - 1 / fsdp) + size / fsdp * 2 * (1 - 1 / copies)
+  return ici, size / chips * 2 * (1 - 1 / slices)
+
+
+def compile_slice(name: str, directory: Path) -> None:
+  """Runs `compdiff compile` in a process of its own; one that does not fit leaves a report, too."""
+  out = REPORTS / f"{name}.json"
+  done = subprocess.run([*_command(SLICES[name]), "--out", str(out.absolute())], cwd=directory, check=False)
+  if not out.exists():
+    raise SystemExit(f"{name}: compdiff compile ended with status {done.returncode} and no report")
+  facts = json.loads(out.read_text())
+  out.write_text(
+    json.dumps({**facts, "date": datetime.date.today().isoformat(), "machine": machine("jax", "libtpu")}, indent=2)
+    + "\n"
+  )
+
+
+def _command(one: Slice) -> list[str]:
+  config = Path(__file__).parents[1] / CONFIG
+  return [
+    *(sys.executable, "-m", "compdiff_jax", "compile", f"--config={config}", f"--topology={one.topology}"),
+    *("--inputs=moments", *one.overrides()),
+  ]
+
+
+def prepare(directory: Path) -> None:
+  """What `compdiff compile` reads: config.json of the networks and the schema of the data, no weights, no images."""
+  for name, fields in SD21_BASE.items():
+    folder = directory / "stable-diffusion-2-1-base" / name
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(fields))
+  (directory / "data" / "chest").mkdir(parents=True)
+  age = Attribute("age", "continuous", low=18, high=100, bins=(40, 60, 80), unit="year")
+  sex = Attribute("sex", "categorical", values=("male", "female"))
+  race = Attribute("race", "categorical", values=("white", "black", "asian", "hispanic"))
+  Schema((age, sex, race)).save(directory / "data" / "chest" / "schema.json")
+
+
+def figures(reports: Mapping[str, Mapping[str, Any]]) -> str:
+  """The table of what was compiled, one column a slice."""
+  gib = lambda facts, part: f"{facts['memory'][part] / 2**30:.2f}" if part in facts["memory"] else ""  # noqa: E731
+  sent = lambda facts, network: sum(  # noqa: E731
+    row["sent_bytes"] for row in facts.get("collectives", ()) if row["network"] == network
+  )
+  number = lambda facts, name, unit=1.0: f"{facts[name] / unit:.3g}" if name in facts else ""  # noqa: E731
+  lines = {
+    "topology, chips": lambda f: f"`{f['topology']}`, {f['devices']}",
+    "images a chip, fsdp, remat": lambda f: f"{f['batch_size'] // f['devices']}, {f['mesh']['fsdp']}, {f['remat']}",
+    "fits": lambda f: "yes" if f["fits"] else "**no**",
+    "arguments (GiB a chip)": lambda f: gib(f, "arguments"),
+    "temporaries": lambda f: gib(f, "temporaries"),
+    "peak": lambda f: gib(f, "peak"),
+    "of": lambda f: gib(f, "available"),
+    "TFLOP a chip": lambda f: number(f, "flops", 1e12),
+    "of them in kernels": lambda f: number(f, "kernel_flops", 1e12),
+    "GB read and written a chip": lambda f: number(f, "bytes_accessed", 1e9),
+    "GB sent over ICI a chip": lambda f: f"{sent(f, 'ICI') / 1e9:.2f}" if "collectives" in f else "",
+    "ICI alone (s)": lambda f: number(f, "ici_seconds"),
+    "products alone (s)": lambda f: number(f, "compute_bound_seconds"),
+    "memory alone (s)": lambda f: number(f, "memory_bound_seconds"),
+    "compiler's estimate (s)": lambda f: number(f, "estimated_seconds"),
+    "images/s a chip": lambda f: number(f, "estimated_images_per_second_a_chip"),
+    "MFU": lambda f: f"{f['estimated_mfu']:.0%}" if "estimated_mfu" in f else "",
+    "compiling took (s)": lambda f: f"{f['compile_seconds']:.0f}" if "compile_seconds" in f else "",
+  }
+  return table(["", *reports], [[name, *(value(facts) for facts in reports.values())] for name, value in lines.items()])
+
+
+def scaling(reports: Mapping[str, Mapping[str, Any]]) -> str:
+  """Expected efficiency by generation and size."""
+  rows = []
+  for generation, layouts in SCALING.items():
+    name, one = next((name, one) for name, one in SLICES.items() if one.topology.startswith(f"{generation}:"))
+    chip = CHIPS[one.kind]
+    seconds, source = _step_seconds(one, chip, reports.get(name, {}))
+    for layout, slices in layouts:
+      topology = f"{generation}:{layout}"
+      chips = _chips(layout)
+      ici, dcn = traffic(chips, slices, one.fsdp)
+      times = (ici / chip.ici_bandwidth * (1 if is_torus(topology) else 2), dcn / chip.dcn_bandwidth)
+      rows.append(
+        [
+          f"`{topology}`" + (f" × {slices}" if slices > 1 else ""),
+          str(chips * slices),
+          f"{seconds:.3f} ({source})",
+          f"{ici / 1e9:.2f}",
+          f"{1000 * times[0]:.0f}",
+          f"{dcn / 1e9:.3f}" if slices > 1 else "",
+          f"{1000 * times[1]:.0f}" if slices > 1 else "",
+          f"{seconds / (seconds + sum(times)):.0%}",
+          f"{min(1.0, seconds / max(times)):.0%}",
+        ]
+      )
+  return table(
+    [
+      *("slice", "chips", "step alone (s)", "ICI (GB)", "ICI (ms)", "DCN (GB)", "DCN (ms)"),
+      *("efficiency, nothing hidden", "everything hidden"),
+    ],
+    rows,
+  )
+
+
+def _chips(layout: str) -> int:
+  count = 1
+  for side in layout.split("x"):
+    count *= int(side)
+  return count
+
+
+def _step_seconds(one: Slice, chip: Chip, facts: Mapping[str, Any]) -> tuple[float, str]:
+  """What a chip takes for its images without the others."""
+  if "estimated_seconds" in facts:
+    return facts["estimated_seconds"], "compiled"
+  return one.rows * IMAGE_FLOPS / chip.flops / ASSUMED_MFU, "assumed"
+
+
+def page(reports: Mapping[str, Mapping[str, Any]]) -> str:
+  missing = [name for name in SLICES if name not in reports]
+  compiled = figures(reports) if reports else "None of the slices below has been compiled yet."
+  dates = {f"{facts['machine']}" for facts in reports.values()}
+  return TEXT.format(
+    figures=compiled,
+    machine=" ".join(sorted(dates)),
+    missing=f"Not compiled yet: {', '.join(missing)}; `make pods` goes on with them.\n\n" if missing else "",
+    commands="\n".join(_shown(name) for name in SLICES),
+    scaling=scaling(reports),
+    links=table(
+      ["chip", "links, all together (GB/s)", "network, a chip's share (GB/s)", "peak (TFLOP/s)", "memory (TB/s)"],
+      [
+        [
+          chip,
+          *(f"{v:.4g}" for v in (c.ici_bandwidth / 1e9, c.dcn_bandwidth / 1e9, c.flops / 1e12, c.hbm_bandwidth / 1e12)),
+        ]
+        for chip, c in CHIPS.items()
+        if c.dcn_bandwidth
+      ],
+    ),
+    parameters=f"{PARAMETERS / 1e6:,.0f}",
+    gradient=f"{_FLOAT32 * PARAMETERS / 1e9:.2f}",
+    image=f"{IMAGE_FLOPS / 1e12:.3f}",
+    mfu=f"{ASSUMED_MFU:.0%}",
+  )
+
+
+def _shown(name: str) -> str:
+  one = SLICES[name]
+  words = [
+    "compdiff",
+    "compile",
+    f"--config={CONFIG}",
+    f"--topology={one.topology}",
+    "--inputs=moments",
+    *one.overrides(),
+  ]
+  return f"{shlex.join(words)}   # {name}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--only", default=",".join(SLICES), help="which to compile, where they have no report")
+  args = parser.parse_args(argv)
+  names = [name for name in args.only.split(",") if name]
+  unknown = [name for name in names if name not in SLICES]
+  if unknown:
+    parser.error(f"--only {unknown[0]!r}; known: {', '.join(SLICES)}")
+  REPORTS.mkdir(parents=True, exist_ok=True)
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+  with tempfile.TemporaryDirectory() as directory:
+    prepare(Path(directory))
+    for name in names:
+      if not (REPORTS / f"{name}.json").exists():
+        print(f"---- {name}", flush=True)
+        compile_slice(name, Path(directory))
+  found = {name: REPORTS / f"{name}.json" for name in SLICES}
+  PAGE.write_text(page({name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}))
+  print(PAGE)
+
+
+if __name__ == "__main__":
+  main()
