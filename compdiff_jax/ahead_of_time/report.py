@@ -48,7 +48,10 @@ def report(
   figures = chip(devices[0])
   traced = trace(program, config, schema, devices, inputs)
   facts = _question(program, config, devices, topology, inputs, traced)
-  facts["model_flops"] = model_flops(config, schema, inputs, program)
+  sized = config.copy_and_resolve_references()
+  if program == "sample":
+    sized.sample.batch_size = traced.images  # rounded up
+  facts["model_flops"] = model_flops(sized, schema, inputs, program)
   facts["memory"] = {"state": traced.state_bytes, "gradients": traced.gradient_bytes}
   available = memory_bytes or (figures.hbm_bytes if figures else None)
   if available:
