@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   elif not facts["fits"]:
     advice = "nothing that was tried fits: give more devices or a smaller batch"
     if not args.suggest:
-      advice = _advice(suggest.likely(options(), facts["memory"].get("peak", 0), facts["memory"]["available"]))
+      advice = _advice(options(), facts["memory"])
     raise cli.RunError(f"{args.config} does not fit {args.topology}: {_overflow(facts['memory'])}; {advice}")
 
 
@@ -85,15 +85,18 @@ def _attempt(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _overflow(memory: dict[str, int]) -> str:
-  if "peak" not in memory:
+  if not {"peak", "available"} <= set(memory):
     return "the compiler ran out of a device's memory"
   return f"it takes {_in_words(memory['peak'])} of a device's {_in_words(memory['available'])}"
 
 
-def _advice(candidate: suggest.Candidate | None) -> str:
-  if candidate is None:
-    return "no batch, remat or mesh.fsdp should fit so few devices; give more, or train a LoRA (config.lora.rank)"
-  return f"{suggest.as_arguments(candidate.changes)} should fit; --suggest tries"
+def _advice(options: list[suggest.Candidate], memory: dict[str, int]) -> str:
+  """The nearest option that should fit. What a program takes that the compiler gave up on is at least what there is."""
+  available = memory.get("available", 0)
+  found = suggest.likely(options, memory.get("peak", available), available)
+  if found is None:
+    return "no smaller batch, remat or mesh.fsdp should help: give more devices"
+  return f"{suggest.as_arguments(found.changes)} should fit; --suggest tries"
 
 
 def _in_words(size: float) -> str:
