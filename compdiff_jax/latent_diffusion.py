@@ -156,14 +156,18 @@ class LatentDiffusion:
     side = self.image_size // self.vae_config.downsampling
     return side, side, self.vae_config.latent_channels
 
+  @property
+  def frozen(self) -> tuple[str, ...]:
+    """The components that training needs and does not change."""
+    names = [name for name in ("vae", "text_encoder") if name not in self.trained]
+    return (*names, "unet") if self.lora else tuple(names)
+
   def component(self, name: str) -> Functional | LoRA:
     return getattr(self, name)
 
   def load_frozen(self, weights: Mapping[str, str]) -> dict[str, Any]:
-    """The parameters that training does not change, read from the directories of `config.weights`."""
-    frozen = [name for name in ("vae", "text_encoder") if name not in self.trained]
-    frozen += ["unet"] if self.lora else []
-    return {name: load_component(weights[name], self.component(name)) for name in frozen}
+    """The parameters of `frozen`, read from the directories of `config.weights`."""
+    return {name: load_component(weights[name], self.component(name)) for name in self.frozen}
 
   def initial_params(self, key: jax.Array, weights: Mapping[str, str], given: Params | None = None) -> dict[str, Any]:
     """Starting values of the trained components.

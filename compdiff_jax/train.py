@@ -5,7 +5,6 @@ import contextlib
 import functools
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,6 +13,8 @@ import ml_collections
 import numpy as np
 
 from compdiff_jax import cli, distributed, sharding
+from compdiff_jax.ahead_of_time.chips import chip
+from compdiff_jax.ahead_of_time.program import model_flops
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
 from compdiff_jax.data.identity import data_identity
@@ -37,6 +38,7 @@ from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.health import Heartbeat, Preemption
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.overview import print_overview
+from compdiff_jax.training.speed import Profile, StepClock, describe, parse_profile
 from compdiff_jax.training.state import TrainState
 from compdiff_jax.training.step import make_train_step
 from compdiff_jax.workdir import claim, content_hash, open_run
@@ -47,6 +49,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--config", required=True, help="config file; override keys with --config.key=value")
   parser.add_argument("--workdir", type=Path, required=True, help="directory of this run, new or to be resumed")
   parser.add_argument("--dry_run", action="store_true", help="print config, parameters, mesh and memory, and stop")
+  parser.add_argument("--profile", default="", metavar="START:STOP", help="trace these steps into WORKDIR/profile")
   parser.add_argument("--accept_changes", action="store_true", help="resume with another config or data set")
   parser.add_argument("--stopped_status", type=int, default=0, help="exit status of a run that SIGTERM stopped")
   distributed.add_arguments(parser)
@@ -62,6 +65,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   """Trains in `args.workdir`, from its latest checkpoint on; returns whether the last step was reached."""
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
+  profiled = parse_profile(args.profile, config.train.steps)
   sets = open_training_sets(config.data)
   schema = sets[0][0].schema
   warn_of_empty_levels([records for records, _ in sets])
@@ -157,6 +161,8 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
 
   # ---- The loop: step, report, sample, checkpoint
   final = config.train.steps
+  figures = chip(mesh.devices.flat[0])
+  clock = StepClock(config.train.batch_size, mesh.size, figures and figures.flops)
   heartbeat = Heartbeat(
     args.workdir / "heartbeat" / f"{jax.process_index()}.json", start, final, config.logging.stall_seconds
   )
@@ -168,16 +174,20 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     if distributed.is_writer():
       writer = resources.enter_context(contextlib.closing(MetricWriter(args.workdir, start)))
       progress = resources.enter_context(contextlib.closing(Progress(final, start, "step")))
+    profile = resources.enter_context(contextlib.closing(Profile(profiled, args.workdir / "profile", clock)))
     # A run that SIGTERM stopped between two reports goes on with the first part of its report.
     rows = checkpoints.note(start).get("report", []) if start else []
-    pending, clock, data_wait = [], time.monotonic(), 0.0
+    pending = []
     step = start
     for step in range(start + 1, final + 1):
-      waiting = time.monotonic()
-      batch = next(batches)
-      data_wait += time.monotonic() - waiting
-      with out_of_memory_advice(config):
+      profile.before(step)
+      batch = clock.next(batches)
+      if step == start + 1:
+        inputs = "images" if "images" in batch else "moments"
+        clock.flops = model_flops(config, schema, inputs, traced=step_fn.trace(state, frozen, batch))
+      with out_of_memory_advice(config), jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = step_fn(state, frozen, batch)
+        clock.started(metrics)
       if fairness is not None and fairness.due(step - 1):
         state = state._replace(fairness=fairness.search(state.fairness, step - 1))
       pending.append(metrics)
@@ -186,34 +196,28 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
 
       values = None
       if report or ending:
-        timed = len(pending)
+        clock.drain()
         rows += [{name: float(value) for name, value in row.items()} for row in jax.device_get(pending)]
         pending = []
         check_finite(rows, step - len(rows) + 1, keys, args.workdir / "nonfinite.json")
       if report:
         values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-        seconds = time.monotonic() - clock
-        speed = {
-          "learning_rate": float(learning_rate(step - 1)),
-          "images": step * config.train.batch_size,
-          "images_per_second": timed * config.train.batch_size / seconds,
-          "data_wait_share": data_wait / seconds,
-        }
+        position = {"learning_rate": float(learning_rate(step - 1)), "images": step * config.train.batch_size}
+        speed = clock.report()
         check_metric(config.logging.keep_best, values)
         if distributed.is_writer():
-          writer.write(step, {**values, **speed})
-          progress.update(step, f"loss {values['loss']:.4f}  {speed['images_per_second']:.1f} images/s")
-        rows, clock, data_wait = [], time.monotonic(), 0.0
+          writer.write(step, {**values, **position, **speed})
+          progress.update(step, f"loss {values['loss']:.4f}  {describe(speed)}")
+        rows = []
 
       if step % config.logging.sample_every == 0:
-        drawing = time.monotonic()
-        draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
-        text, negative = config.sample.text, config.sample.negative
-        picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
-        if distributed.is_writer():
-          (args.workdir / "samples").mkdir(exist_ok=True)
-          picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
-        clock += time.monotonic() - drawing  # which is not training time
+        with clock.paused():
+          draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
+          text, negative = config.sample.text, config.sample.negative
+          picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
+          if distributed.is_writer():
+            (args.workdir / "samples").mkdir(exist_ok=True)
+            picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
 
       if step % config.logging.checkpoint_every == 0 or ending:
         checkpoints.save(step, state.parts(), values, {"report": rows})

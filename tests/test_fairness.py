@@ -12,7 +12,7 @@ from compdiff_jax import default_config, train
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.metrics import read_metrics
-from compdiff_jax.training import bandit
+from compdiff_jax.training import bandit, speed
 from compdiff_jax.training.fairness import FairState, make_fairness
 from compdiff_jax.training.step import sample_keys
 from compdiff_jax.workdir import open_run
@@ -174,8 +174,9 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workspace, tmp_pat
   shutil.copytree(whole, resumed)
   shutil.rmtree(resumed / "checkpoints" / "8")
   train.main([*arguments, f"--workdir={resumed}"])
-  timing = ("images_per_second", "data_wait_share")
-  rows = [[{k: v for k, v in row.items() if k not in timing} for row in read_metrics(w)] for w in (whole, resumed)]
+  rows = [
+    [{k: v for k, v in row.items() if k not in speed.FIELDS} for row in read_metrics(w)] for w in (whole, resumed)
+  ]
   assert rows[0] == rows[1] and len(rows[0]) == 4
   assert rows[0][-1].keys() >= {"fair_sigma_mean", "fair_sigma_std", "fair_loss_gap"}
   ours, theirs = (open_run(workdir).load_params("raw")[1] for workdir in (whole, resumed))

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, config_arguments
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.metrics import read_metrics
+from compdiff_jax.training import speed
 from compdiff_jax.training.checks import out_of_memory_advice
 from compdiff_jax.training.health import Heartbeat
 
@@ -62,8 +63,7 @@ def test_heartbeat_waits_for_the_first_step_and_tells_how_it_ended(tmp_path):
 
 
 def _rows(workdir):
-  timing = ("images_per_second", "data_wait_share")
-  return [{name: value for name, value in row.items() if name not in timing} for row in read_metrics(workdir)]
+  return [{name: value for name, value in row.items() if name not in speed.FIELDS} for row in read_metrics(workdir)]
 
 
 def test_sigterm_writes_a_checkpoint_at_the_next_step_and_the_run_goes_on_as_if_nothing_was(

@@ -14,15 +14,14 @@ from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.data.input_pipeline import training_batches
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.metrics import read_metrics
+from compdiff_jax.training import speed
 from compdiff_jax.workdir import open_run
 
 _STEPS = "--config.train.steps=24"
-# What depends on the clock.
-_TIMING = ("images_per_second", "data_wait_share")
 
 
 def _losses(workdir):
-  return [{k: v for k, v in row.items() if k not in _TIMING} for row in read_metrics(workdir)]
+  return [{k: v for k, v in row.items() if k not in speed.FIELDS} for row in read_metrics(workdir)]
 
 
 def _final_parts(workdir):

@@ -81,8 +81,7 @@ class TrainingStep:
     self._state = jax.eval_shape(
       lambda params: TrainState.create(params, optimizer, fairness and fairness.create()), shapes
     )
-    frozen = ["vae", "text_encoder"] + (["unet"] if model.lora else [])
-    self._frozen = {name: model.component(name).shapes for name in frozen if name not in model.trained}
+    self._frozen = {name: model.component(name).shapes for name in model.frozen}
 
   @property
   def trained_parameters(self) -> int:
@@ -152,9 +151,16 @@ def trace(
   return TrainingStep(config, schema, inputs).trace(devices)
 
 
-def model_flops(config: ml_collections.ConfigDict, schema: Schema, inputs: str, program: str = "train") -> int:
-  """Operations of one call for all images, without any that are there to save memory (ahead_of_time/flops.py)."""
-  plain = config.copy_and_resolve_references()
-  plain.remat = "none"
-  plain.train.accumulation = 1
-  return count_jaxpr(trace(program, plain, schema, None, inputs).traced.jaxpr.jaxpr)
+def model_flops(
+  config: ml_collections.ConfigDict, schema: Schema, inputs: str, program: str = "train", traced: Any = None
+) -> int:
+  """Operations of one call for all images, without any that are there to save memory (ahead_of_time/flops.py).
+
+  `traced` is the config's own program, if there is one already: where it is plain, no other needs to be traced.
+  """
+  if traced is None or config.remat != "none" or config.train.accumulation > 1:
+    plain = config.copy_and_resolve_references()
+    plain.remat = "none"
+    plain.train.accumulation = 1
+    traced = trace(program, plain, schema, None, inputs).traced
+  return count_jaxpr(traced.jaxpr.jaxpr)

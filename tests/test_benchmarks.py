@@ -1,0 +1,68 @@
+"""The speed benchmarks at toy size: both sides do the same work, and what they print is what was timed."""
+
+import argparse
+import functools
+import json
+
+import pytest
+from conftest import config_arguments
+from sleeper import sleeper
+
+from benchmarks import networks, restart, sampling, train_step, turns
+
+_TRAIN = {"size": "toy", "dtype": "float32", "batch": 2, "compiled": False}
+
+
+@pytest.mark.parametrize("inputs", ["moments", "images"])
+def test_training_steps_of_both_sides(inputs):
+  options = argparse.Namespace(**_TRAIN, inputs=inputs)
+  sides = [train_step.ours(options), train_step.theirs(options, channels_last=True)]
+  for calls in sides:
+    assert set(calls) == set(train_step.NAMES)
+    # Fresh noise each time, from networks that predict next to nothing: the loss is about the noise's variance.
+    assert calls["train step"]() == pytest.approx(1.2, abs=0.5)
+  ours, theirs = (calls["forward"]() for calls in sides)
+  assert ours.shape == (2, 8, 8, 4) and theirs.shape == (2, 4, 8, 8)
+
+
+def test_samplers_of_both_sides():
+  options = argparse.Namespace(size="toy", dtype="float32", batch=2, steps=2, compiled=False)
+  ours, theirs = (side(options)["sample"]() for side in (sampling.ours, sampling.theirs))
+  assert ours.shape == theirs.shape == (2, 32, 32, 3)
+
+
+def test_sizes_are_those_that_the_figures_name():
+  counts = {"small": 18_150_852, "sd21": 865_910_724}
+  for name, wanted in counts.items():
+    size = networks.SIZES[name]
+    model = networks.our_model(networks.run_config(size, 8, "bfloat16"), size)
+    assert sum(leaf.size for leaf in model.unet.shapes.values()) == wanted
+    assert model.latent_shape == (size.latent_side, size.latent_side, 4)
+    assert model.trained == ("unet",) and model.frozen == ("vae", "text_encoder")
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_turns_time_what_each_side_does(rounds):
+  options = argparse.Namespace(seconds=0.02, batch=3)
+  sides = {"jax": functools.partial(sleeper, factor=1), "torch": functools.partial(sleeper, factor=4)}
+  times, peaks = turns.take_turns(sides, options, ["sleep"], rounds, repeats=2)
+  assert [len(times["sleep"][side]) for side in sides] == [rounds] * 2
+  assert all(one.wall >= 0.02 * factor for side, factor in (("jax", 1), ("torch", 4)) for one in times["sleep"][side])
+  assert all(peak > 0 for peak in peaks.values())
+
+
+def test_summary_compares_with_the_fastest_peer_round_by_round():
+  wall = {"jax": [1.0, 2.0, 4.0], "slow": [9.0, 9.0, 9.0], "fast": [2.0, 3.0, 2.0]}
+  times = {side: [turns.Times(seconds, 2 * seconds) for seconds in own] for side, own in wall.items()}
+  row = turns.summary("it", argparse.Namespace(batch=10), times, dict.fromkeys(wall, 1.5))
+  assert row["by_clock"] == {"ratio": 1.5, "lowest": 0.5, "highest": 2.0} and "slow" not in row
+  assert row["jax"]["images_per_second"] == 5 and row["fast"]["processor_seconds"] == 4
+
+
+def test_restart_measures_three_starts_of_one_run(workspace, tmp_path, capsys):
+  command = ["compdiff", "train", *config_arguments(workspace), "--config.train.steps=100000"]
+  restart.main([f"--dir={tmp_path}", "--first=1", "--steps=4", "--", *command])
+  row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+  assert row["warm_seconds_to_first_step"] > 0 and row["cold_seconds_to_first_step"] > 0
+  assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1
+  assert len(list((tmp_path / "compiled").iterdir())) > 0
