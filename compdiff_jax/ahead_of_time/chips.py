@@ -46,7 +46,10 @@ CHIPS = {
   "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9),
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * _GIB, 1.6e12),
   "NVIDIA A100": Chip(312e12, 80 * _GIB, 2.0e12),
-  "NVIDIA H100": Chip(989e12, 80 * _GIB, 3.35e12),
+  "NVIDIA H100 PCIe": Chip(756e12, 80 * _GIB, 2.0e12),
+  "NVIDIA H100 NVL": Chip(835e12, 94 * 10**9, 3.9e12),
+  "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * _GIB, 3.35e12),
+  "NVIDIA H200 NVL": Chip(835e12, 141 * 10**9, 4.8e12),
   "NVIDIA H200": Chip(989e12, 141 * 10**9, 4.8e12),
 }
 
