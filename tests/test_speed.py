@@ -16,7 +16,7 @@ from compdiff_jax import sharding, train
 from compdiff_jax.ahead_of_time.chips import chip
 from compdiff_jax.ahead_of_time.flops import count_flops
 from compdiff_jax.metrics import read_metrics
-from compdiff_jax.training.speed import StepClock, describe
+from compdiff_jax.training.speed import Profile, StepClock, describe, parse_profile
 
 
 def _shape(*sizes, dtype=jnp.float32):
@@ -170,8 +170,7 @@ def test_peaks_are_those_of_known_chips_only():
 
 def test_a_run_reports_its_speed_and_writes_a_trace(workspace, tmp_path):
   workdir = tmp_path / "run"
-  arguments = [*config_arguments(workspace), "--config.train.steps=4", f"--workdir={workdir}"]
-  train.main([*arguments, "--profile=3:4"])
+  train.main([*config_arguments(workspace), "--config.train.steps=4", f"--workdir={workdir}", "--profile=3:4"])
   first, second = read_metrics(workdir)
   assert first["first_step_seconds"] > 0
   for row in (first, second):
@@ -181,10 +180,15 @@ def test_a_run_reports_its_speed_and_writes_a_trace(workspace, tmp_path):
     assert "mfu" not in row, "nobody knows the peak of this CPU"
   (trace,) = (workdir / "profile").rglob("*.xplane.pb")
   assert trace.stat().st_size > 0
-  # Resumed, the run has these steps behind it.
-  trace.unlink()
-  train.main([*arguments, "--profile=3:4"])
-  assert not list((workdir / "profile").rglob("*.xplane.pb"))
+
+
+def test_steps_that_a_resumed_run_has_behind_it_are_not_traced(tmp_path):
+  profile = Profile(parse_profile("3:4", 8), tmp_path / "profile", StepClock(10, 1, None))
+  for step in range(5, 9):
+    profile.before(step)
+  profile.close()
+  assert not (tmp_path / "profile").exists()
+  assert parse_profile("", 8) == range(0)
 
 
 @pytest.mark.parametrize("window", ["5", "3:2", "0:1", "3:9", "a:b"])
