@@ -1,10 +1,10 @@
 """`python -m benchmarks.restart --dir DIR -- compdiff train --config=FILE …`: what a restart costs, and the input.
 
 Starts the command three times in one new workdir and stops it with SIGTERM: with an empty compilation cache, with a
-full one, both for `--first` steps, and then for `--steps` steps. One JSON line: seconds from the start of the process
-to the end of its first step, cold and warm, and what the last run reports about its speed, with the share of time that
-the devices waited for input. At full size the command needs a data set of moments and networks of true size, with any
-weights.
+full one, both for `--first` steps, and then for two reports of `--steps` steps. One JSON line: seconds from the start of
+the process to the end of its first step, cold and warm, and what the last report says of the speed, with the share of
+time that the devices waited for input. At full size the command needs a data set of moments and networks of true size,
+with any weights.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--dir", type=Path, required=True, help="new directory for the workdir and the compilation cache")
   parser.add_argument("--first", type=int, default=3, help="steps of the runs that measure the start")
-  parser.add_argument("--steps", type=int, default=100, help="steps of the run that measures the speed")
+  parser.add_argument("--steps", type=int, default=100, help="steps of a report of the run that measures the speed")
   parser.add_argument("command", nargs="+", metavar="-- compdiff train …", help="without --workdir")
   args = parser.parse_args(argv)
   workdir = args.dir / "run"
@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     return [*train, f"--config.logging.log_every={every}", f"--config.logging.checkpoint_every={10**6 * every}"]
 
   cold, warm = (_run(reporting(1), environment, workdir, args.first) for _ in range(2))
-  _run(reporting(args.steps), environment, workdir, 1)
+  # Two reports, since the first may hold nothing but the first step.
+  _run(reporting(args.steps), environment, workdir, 2)
   row = read_metrics(workdir)[-1]
   speed = {name: round(row[name], 4) for name in FIELDS if name in row}
   print(
