@@ -1,10 +1,10 @@
 """`python -m benchmarks.restart --dir DIR -- compdiff train --config=FILE …`: what a restart costs, and the input.
 
 Starts the command three times in one new workdir and stops it with SIGTERM: with an empty compilation cache, with a
-full one, both for `--first` steps, and then for two reports of `--steps` steps. One JSON line: seconds from the start of
-the process to the end of its first step, cold and warm, and what the last report says of the speed, with the share of
-time that the devices waited for input. At full size the command needs a data set of moments and networks of true size,
-with any weights.
+full one, both for `--first` steps, and then for two reports of `--steps` steps. One JSON line: seconds from the start
+of the process to the end of its first step, cold and warm, and what the last report says of the speed, with the share
+of time that the devices waited for input. At full size the command needs a data set of moments and networks of true
+size, with any weights.
 """
 
 import argparse
