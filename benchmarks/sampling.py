@@ -49,7 +49,12 @@ def theirs(options: argparse.Namespace) -> Calls:
   dtype = getattr(torch, options.dtype)
   models = {name: model.to(dtype) for name, model in torch_networks(size, channels_last=True).items()}
   scheduler = DDIMScheduler(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
   )
   # The pipeline asks compiled modules for their config, so the parts that compute are compiled in place.
   if options.compiled:
