@@ -32,8 +32,6 @@ NETWORKS = {
   "vae.up_block_types": ("UpDecoderBlock2D",) * 4,
   "unet.sample_size": _SIZE // 8,
   "unet.block_out_channels": (32, 64),
-  "unet.down_block_types": ("CrossAttnDownBlock2D",) * 2,
-  "unet.up_block_types": ("CrossAttnUpBlock2D",) * 2,
   "text_encoder.num_hidden_layers": 1,
 }
 BUDGET = Budget(vae_steps=800, vae_batch_size=16, steps=800, batch_size=32, learning_rate=1e-3, min_n=10)

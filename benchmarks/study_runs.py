@@ -1,7 +1,8 @@
 """How a study runs: every method and seed with one budget, on the same records in the same order.
 
 A study is a directory: `data` (with held-out cells), `reference` (real images to compare with, where they are not the
-test split of `data`), `tokenizer`, `plan.csv` and `vae`, which all methods share; then `runs/METHOD-SEED`.
+test split of `data`), `tokenizer`, `plan.csv` and `vae`, which all methods share; `moments-N`, the data encoded once with
+N attributes in the prompt; then `runs/METHOD-SEED`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 from benchmarks import study_measure, study_report
 from compdiff_jax import cli, methods, plan, sample, train, train_vae
 from compdiff_jax.checkpoint import Checkpoints
-from data_prep import vocabulary
+from data_prep import encode_latents, vocabulary
 from launch.chain import _XLA_FLAGS
 
 
@@ -112,15 +113,15 @@ def run(study: Study, module: str, argv: Sequence[str], args: argparse.Namespace
   """
   start = time.monotonic()
   names = chosen_methods(args)
-  _prepare(study)
+  _prepare(study, names)
   _run_jobs(study, module, argv, names, args.workers, on_cpu)
   results = study_measure.measure_all(study.out, study.reference, names, study.budget.seeds, study.budget.min_n)
   study_report.write(study.out, results, names, study.budget, title, time.monotonic() - start)
   print((study.out / "tables.md").read_text())
 
 
-def _prepare(study: Study) -> None:
-  """Vocabulary, plan and autoencoder, each once. An empty directory is what a kill leaves."""
+def _prepare(study: Study, names: Sequence[str]) -> None:
+  """Vocabulary, plan, autoencoder and moments, each once. An empty directory is what a kill leaves."""
   out = study.out
   if not (out / "tokenizer" / "vocab.json").exists():
     vocabulary.main(["--data", str(out / "data"), "--out", str(out / "tokenizer"), "--size", "600"])
@@ -129,7 +130,16 @@ def _prepare(study: Study) -> None:
   if not (out / "vae" / "config.json").exists():
     budget = study.budget
     settings = {"vae_training.steps": budget.vae_steps, "vae_training.batch_size": budget.vae_batch_size}
-    train_vae.main([*config_arguments(study, "baseline", settings), f"--out={out / 'vae'}"])
+    train_vae.main([*config_arguments(study, "baseline", settings, images=True), f"--out={out / 'vae'}"])
+  for prompt in sorted({methods.method(name, study.attributes).prompt_attributes for name in names}):
+    moments = _moments(study, prompt)
+    if not (moments / "dataset_info.json").exists():
+      options = [f"--prompt_attributes={','.join(prompt)}", "--batch_size=64"]
+      encode_latents.main([f"--data={out / 'data'}", f"--weights={out}", f"--out={moments}", *options])
+
+
+def _moments(study: Study, prompt: Sequence[str]) -> Path:
+  return study.out / f"moments-{len(prompt)}"
 
 
 # ---- One method and seed
@@ -173,13 +183,14 @@ def _trained(workdir: Path, steps: int) -> bool:
     return steps in checkpoints.steps
 
 
-def config_arguments(study: Study, method: str, settings: Mapping[str, Any]) -> list[str]:
-  """The arguments of a command: the method's config, and what the study sets."""
+def config_arguments(study: Study, method: str, settings: Mapping[str, Any], *, images: bool = False) -> list[str]:
+  """The arguments of a command: the method's config, and what the study sets; `images`: not the moments."""
   out, like = study.out, methods.method(method, study.attributes)
   roles = {"prompt_attributes": like.prompt_attributes}
   if like.conditioner.kind != "none":
     roles["conditioner.attributes"] = like.conditioner.attributes
-  paths = {"data.path": out / "data", "weights.vae": out / "vae", "weights.tokenizer": out / "tokenizer"}
+  data = out / "data" if images else _moments(study, like.prompt_attributes)
+  paths = {"data.path": data, "weights.vae": out / "vae", "weights.tokenizer": out / "tokenizer"}
   overrides = {**study.networks, **roles, **paths, **settings}
   return [f"--config=configs/phantom_{method}.py", *(f"--config.{key}={value}" for key, value in overrides.items())]
 

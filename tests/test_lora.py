@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch_parity
-from diffusers import StableDiffusionPipeline
+from conftest import config_arguments
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from network_configs import SD21_BASE, TINY_MEMORY
 from stand_in import batch_of, stand_in
 
+from compdiff_jax import export, train
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.additive import AdditiveConfig
 from compdiff_jax.default_config import base
@@ -107,3 +109,32 @@ def test_a_step_trains_the_factors_and_leaves_the_unet():
 def test_refused(targets, rank, words):
   with pytest.raises(InputError, match=f"lora.*{words}"):
     LoRA({"a.to_q.kernel": jax.ShapeDtypeStruct((8, 6), jnp.float32)}, targets, rank, 1.0)
+
+
+def test_train_export_and_load_in_diffusers(workspace, trained, tmp_path):
+  """A run that trains factors on top of another run: its two exports are one network, which is not the first run's."""
+  export.main([f"--workdir={trained}", f"--out={tmp_path / 'base'}"])
+  overrides = {
+    "weights.unet": tmp_path / "base" / "unet",
+    "weights.text_encoder": tmp_path / "base" / "text_encoder",
+    "lora.rank": 2,
+    "train.steps": 3,
+    "train.warmup_steps": 0,
+    "train.learning_rate": 0.05,
+  }
+  options = [f"--config.{key}={value}" for key, value in overrides.items()]
+  train.main([*config_arguments(workspace), *options, f"--workdir={tmp_path / 'run'}"])
+  export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}"])
+  export.main([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'lora'}", "--lora"])
+  base_unet, unet, merged = (
+    UNet2DConditionModel.from_pretrained(tmp_path / name, subfolder="unet") for name in ("base", "base", "merged")
+  )
+  StableDiffusionPipeline.load_lora_into_unet(*StableDiffusionPipeline.lora_state_dict(tmp_path / "lora"), unet)
+  side, width = unet.config.sample_size, unet.config.cross_attention_dim
+  rng = torch.Generator().manual_seed(0)
+  latents, context = torch.randn([2, 4, side, side], generator=rng), torch.randn([2, 81, width], generator=rng)
+  with torch.no_grad():
+    before, loaded, whole = (network(latents, 500, context).sample for network in (base_unet, unet, merged))
+  size = float(whole.abs().max())
+  np.testing.assert_allclose(loaded, whole, atol=1e-5 * size)
+  assert float((whole - before).abs().max()) > 1e-2 * size
