@@ -1,20 +1,27 @@
 """What the study measures of one run: distances and attribute fidelity, over all seen cells, per group and per cell.
 
-The measures are those of `compdiff evaluate`. Seen and held-out cells are never pooled.
+The measures are those of `compdiff evaluate`. Seen and held-out cells are never pooled. Real images are compared as the
+autoencoder that all methods share reproduces them: the distance is then that of the diffusion models, which is what
+methods differ in, and not the noise of the detector, which no autoencoder passes on.
 """
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.linear_reader import LinearReader
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.evaluation import alignment, features, groups, image_sets
 from compdiff_jax.evaluation.image_sets import ImageSet
+from compdiff_jax.interop.weights import load_component, read_config
+from compdiff_jax.models.functional import Functional
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 
 EXTRACTOR = "radiomics"
 _TRAIN_SAMPLE = 2000  # training images that standardise features and fit the reader of attributes
@@ -40,11 +47,13 @@ class Yardstick:
     self.train = train.attributes
     self.held_out = [self.schema.parse_cell(text) for text in train.held_out]
     self._extract = features.extractor(EXTRACTOR).extract
-    self._standardise = features.Standardisation.fit(self._extract(sample.images))
-    self._real = self._standardise(self._extract(self.real.images))
+    reproduce = reproduction(out / "vae")
+    self._standardise = features.Standardisation.fit(self._extract(reproduce(sample.images)))
+    reproduced = reproduce(self.real.images)
+    self._real = self._standardise(self._extract(reproduced))
     self._reader = alignment.reader_for(self.real.name) or LinearReader()
     self._reader.fit(sample.images, sample.attributes, self.schema)
-    self._read_real = self._reader.predict(self.real.images)
+    self._read_real = self._reader.predict(reproduced)
 
   def shares(self) -> dict[str, float]:
     """The share of training images in each cell."""
@@ -83,6 +92,21 @@ class Yardstick:
         scores = groups.fidelity(group, members, self.schema, x, y, patients, sizes[group.kind], seed=0)
         rows[group.name] = {"kind": group.kind, "n": len(group.real), **scores, "fidelity": measured["measures"]}
     return rows
+
+
+def reproduction(directory: Path) -> Callable[[np.ndarray], np.ndarray]:
+  """uint8 images [N, S, S, 3] as the autoencoder of `directory` reproduces them."""
+  config = VAEConfig.from_dict(read_config(directory, "AutoencoderKL"))
+  vae = Functional(lambda rngs: AutoencoderKL(config, dtype=jnp.float32, rngs=rngs))
+  params = load_component(directory, vae)
+
+  @jax.jit
+  def pass_through(batch):
+    moments = vae(params, batch / 127.5 - 1.0, method="encode")
+    decoded = vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")
+    return jnp.clip(jnp.round(decoded * 127.5 + 127.5), 0, 255)
+
+  return lambda images: features.in_batches(pass_through, images.astype(np.float32)).astype(np.uint8)
 
 
 def _rows(columns: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """How a study runs: every method and seed with one budget, on the same records in the same order.
 
 A study is a directory: `data` (with held-out cells), `reference` (real images to compare with, where they are not the
-test split of `data`), `tokenizer`, `plan.csv` and `vae`, which all methods share; `moments-N`, the data encoded once with
-N attributes in the prompt; then `runs/METHOD-SEED`.
+test split of `data`), and what all methods share: `tokenizer`, `plan.csv`, `vae`, and `moments-N`, the data encoded
+once with N attributes in the prompt. Then come `runs/METHOD-SEED`.
 """
 
 import argparse
