@@ -31,8 +31,6 @@ NETWORKS = {
   "vae.down_block_types": ("DownEncoderBlock2D",) * 4,
   "vae.up_block_types": ("UpDecoderBlock2D",) * 4,
   "unet.sample_size": _SIZE // 8,
-  "unet.block_out_channels": (32, 64),
-  "text_encoder.num_hidden_layers": 1,
 }
 BUDGET = Budget(vae_steps=800, vae_batch_size=16, steps=800, batch_size=32, learning_rate=1e-3, min_n=10)
 _GRADES = {"no DR": "no DR", "mild": "NPDR", "moderate": "NPDR", "severe": "NPDR"}  # the others: PDR

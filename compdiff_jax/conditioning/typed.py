@@ -41,6 +41,9 @@ from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
 
+# The encoder of a number gives about 0.15. Beside it a table of 0.02, as CLIP's, would vanish in the first norm of a pair,
+# and a short run would not get over that.
+_TABLE_STD = 0.5
 # Parameter names such as proj_cls are taken, so no attribute may be called that.
 _RESERVED = ("cls", "reg", "joint", "film")
 
@@ -153,7 +156,7 @@ class Typed(nnx.Module):
     if attribute.kind == "continuous":
       setattr(self, f"{name}_encoder", blocks.number_encoder(self.config.freq_dim, d_node, rngs))
     else:
-      setattr(self, f"emb_{name}", Embed(blocks.num_rows(attribute), d_node, rngs=rngs))
+      setattr(self, f"emb_{name}", Embed(blocks.num_rows(attribute), d_node, std=_TABLE_STD, rngs=rngs))
     setattr(self, f"null_{name}", blocks.learned_vectors(rngs, d_node))
 
   def _head_sizes(self) -> dict[str, int]:

@@ -123,11 +123,11 @@ class LayerNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-  """Lookup table, integers [...] -> [..., features]; drawn from N(0, 0.02^2) as CLIP's embeddings are."""
+  """Lookup table, integers [...] -> [..., features]; drawn from N(0, std^2), by default as CLIP's embeddings are."""
 
-  def __init__(self, num_embeddings: int, features: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(self, num_embeddings: int, features: int, *, std: float = 0.02, dtype=jnp.float32, rngs: nnx.Rngs):
     self.dtype = dtype
-    self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), (num_embeddings, features)))
+    self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (num_embeddings, features)))
 
   def __call__(self, indices: jax.Array) -> jax.Array:
     return self.embedding[...][indices].astype(self.dtype)
