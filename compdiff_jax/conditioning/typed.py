@@ -41,8 +41,8 @@ from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
 
-# The encoder of a number gives about 0.15. Beside it a table of 0.02, as CLIP's, would vanish in the first norm of a pair,
-# and a short run would not get over that.
+# The encoder of a number gives about 0.15. Beside it a table of 0.02, as CLIP's, would vanish in the first norm of a
+# pair, and a short run would not get over that.
 _TABLE_STD = 0.5
 # Parameter names such as proj_cls are taken, so no attribute may be called that.
 _RESERVED = ("cls", "reg", "joint", "film")
