@@ -258,7 +258,7 @@ def test_initial_distributions():
   params = model.init(jax.random.key(0))
   # The UNet's own time embedding is left as it is at first.
   assert not np.any(params["time_proj.kernel"]) and not np.any(params["time_proj.bias"])
-  for name in ("null_age", "null_sex", "emb_sex.embedding", "emb_race.embedding", "cls_token", "type_emb"):
+  for name in ("null_age", "null_sex", "cls_token", "type_emb"):
     assert float(params[name].std()) == pytest.approx(0.02, rel=0.2), name
   assert float(params["register_tokens"].std()) == pytest.approx(0.02, rel=0.2)
   attention = "composer.layers.0.self_attn"
@@ -267,6 +267,20 @@ def test_initial_distributions():
   for bias in ("in_proj_bias", "out_proj.bias"):
     assert not np.any(params[f"{attention}.{bias}"])
   assert float(jnp.abs(params["age_encoder.0.kernel"]).max()) == pytest.approx(128**-0.5, rel=0.01)
+
+
+def test_a_fresh_number_does_not_hide_a_fresh_category():
+  """Differences between the embeddings of two ages are no larger than those between two levels of sex or race."""
+  model = build(TypedConfig(aux_hidden_dim=0, d_ctx=8, multi_token=False))
+  params = model.init(jax.random.key(0))
+  base = {"age": jnp.full(3, 50.0), "sex": jnp.zeros(3, jnp.int32), "race": jnp.zeros(3, jnp.int32)}
+
+  def spread(name, values):
+    parts = np.asarray(jax.jit(model)(params, {**base, name: jnp.asarray(values)}).parts)
+    return parts.std(axis=0).mean()
+
+  age = spread("age", [20.0, 50.0, 80.0])
+  assert spread("sex", [0, 1, 1]) > age and spread("race", [0, 1, 2]) > age
 
 
 def test_near_ages_are_near():
