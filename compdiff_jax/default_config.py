@@ -23,6 +23,11 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 42
   config.compute_dtype = "float32"  # "bfloat16" on TPU and GPU; parameters, optimizer, EMA and losses stay float32
+  # Parts that compute in float32 all the same: "vae", "text_encoder", and of the UNet "time_embedding", "conv_out".
+  # Norm statistics, attention scores, samplers and losses always do.
+  config.upcast = ()
+  # "auto": the platform's kernel (models/attention_backends.py); "xla": none, should a driver have trouble with it.
+  config.attention = "auto"
   # What blocks recompute in the backward pass: "none"; "matmuls" all but convolutions and linear layers; "blocks" all.
   config.remat = "none"
 

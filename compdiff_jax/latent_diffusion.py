@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from compdiff_jax.cli import InputError
+from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.family import config_from_dict
 from compdiff_jax.conditioning.interface import ConditionerOutput
@@ -18,13 +18,16 @@ from compdiff_jax.interop.weights import load_component, read_config
 from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.lora import LoRA
-from compdiff_jax.models.unet import UNet2DCondition, UNetConfig
+from compdiff_jax.models.unet import UPCAST, UNet2DCondition, UNetConfig
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 
 # {component: {dotted parameter name: array}}
 Params = Mapping[str, Mapping[str, jax.Array]]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "conditioner", "lora")
+
+# What config.upcast may name.
+UPCASTS = ("vae", "text_encoder", *UPCAST)
 
 
 class Context(NamedTuple):
@@ -80,6 +83,10 @@ class LatentDiffusion:
     if not config.weights.vae:
       raise InputError("config.weights.vae names no directory; train an autoencoder with compdiff train-vae")
     dtype = jnp.dtype(config.compute_dtype)
+    upcast = tuple(config.upcast)
+    for part in upcast:
+      if part not in UPCASTS:
+        raise InputError(f"config.upcast names {part!r}{nearest(part, UPCASTS)}")
     unet_config = _network_config(UNetConfig, "UNet2DConditionModel", config.weights.unet, config.unet)
     vae_config = VAEConfig.from_dict(read_config(config.weights.vae, "AutoencoderKL"))
     text_config = _network_config(CLIPTextConfig, "CLIPTextModel", config.weights.text_encoder, config.text_encoder)
@@ -122,7 +129,12 @@ class LatentDiffusion:
           " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
         )
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
-    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype=dtype, remat=config.remat, rngs=rngs))
+    options = {"remat": config.remat, "attention": config.attention, "upcast": upcast}
+    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype, **options, rngs=rngs))
+    # As diffusers has it, force_upcast keeps an autoencoder out of float16 alone.
+    whole_vae = "vae" in upcast or (dtype == jnp.float16 and vae_config.force_upcast)
+    vae_dtype = jnp.float32 if whole_vae else dtype
+    text_dtype = jnp.float32 if "text_encoder" in upcast else dtype
     lora = None
     if config.lora.rank:
       if not config.weights.unet:
@@ -143,8 +155,8 @@ class LatentDiffusion:
       text_config=text_config,
       conditioner_config=conditioner_config,
       unet=unet,
-      vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=dtype, rngs=rngs)),
-      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, dtype=dtype, remat=config.remat, rngs=rngs)),
+      vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=vae_dtype, rngs=rngs)),
+      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, text_dtype, remat=config.remat, rngs=rngs)),
       conditioner=conditioner,
       trained=tuple(trained),
       image_size=config.data.image_size,

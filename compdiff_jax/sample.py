@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
-from compdiff_jax import cli, default_config, distributed
+from compdiff_jax import cli, default_config, distributed, sharding
 from compdiff_jax.diffusion.samplers import DEFAULT_SPACINGS, SPACINGS, make_table
 from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
@@ -86,6 +86,7 @@ def sample(args: argparse.Namespace) -> None:
     guidance=guidance,
     guidance_rescale=options.guidance_rescale,
     batch_size=options.batch_size,
+    mesh=sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}),
   )
   generate = functools.partial(generate, params)
 

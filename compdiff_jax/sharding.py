@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from compdiff_jax.cli import InputError, nearest
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = AXES[:2]
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
@@ -48,7 +49,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis of a batch over every data-parallel device."""
-  return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -157,6 +157,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     guidance=guidance,
     guidance_rescale=config.sample.guidance_rescale,
     batch_size=config.sample.batch_size,
+    mesh=mesh,
   )
 
   # ---- The loop: step, report, sample, checkpoint

@@ -45,7 +45,7 @@ _SECTIONS = ("data", "weights", "scheduler", "conditioner", "sample")
 # it runs on, not what it computes; they may change when it is resumed.
 _FREE = (
   *("logging.", "sample.", "data.path", "data.threads", "data.workers", "weights."),
-  *("mesh.", "sharding_rules", "remat", "train.accumulation"),
+  *("mesh.", "sharding_rules", "remat", "attention", "train.accumulation"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Attention, and the transformer that lets image features attend to the context tokens."""
+"""The attention layer, and the transformer that lets image features attend to the context tokens."""
 
 import functools
 
@@ -6,25 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from compdiff_jax.models.attention_backends import attention
 from compdiff_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
-
-
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = False) -> jax.Array:
-  """softmax(query key^T / sqrt(D)) value: the one entry point of every attention in this package.
-
-  Scores accumulate and the softmax runs in float32 whatever the input type, so a model that asks for
-  `upcast_attention` (SD 2.1-768, whose scores overflow float16) needs no second path.
-
-  Args:
-    query: [B, T, H, D].
-    key: [B, S, H, D].
-    value: [B, S, H, D].
-    causal: token t sees only tokens up to t.
-
-  Returns:
-    [B, T, H, D], in the type of `value`.
-  """
-  return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -47,11 +30,13 @@ class Attention(nnx.Module):
     *,
     heads: int,
     use_bias: bool = False,
+    backend: str = "auto",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
     dense = functools.partial(Dense, dtype=dtype, rngs=rngs)
     self.heads = heads
+    self.backend = backend
     self.to_q = dense(channels, channels, use_bias=use_bias)
     self.to_k = dense(context_channels, channels, use_bias=use_bias)
     self.to_v = dense(context_channels, channels, use_bias=use_bias)
@@ -63,7 +48,7 @@ class Attention(nnx.Module):
     query, key, value = (
       split_heads(features, self.heads) for features in (self.to_q(x), self.to_k(context), self.to_v(context))
     )
-    return self.to_out[0](merge_heads(attention(query, key, value)))
+    return self.to_out[0](merge_heads(attention(query, key, value, backend=self.backend)))
 
 
 class GEGLU(nnx.Module):
@@ -73,7 +58,10 @@ class GEGLU(nnx.Module):
     self.proj = Dense(in_features, 2 * out_features, dtype=dtype, rngs=rngs)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    value, gate = jnp.split(self.proj(x), 2, axis=-1)
+    # Two products with halves of the kernel. Were one product split, the backward pass would copy its gradient, the
+    # largest activation of the network, to join the halves again.
+    half = self.proj.kernel.shape[-1] // 2
+    value, gate = self.proj(x, slice(half)), self.proj(x, slice(half, None))
     return value * jax.nn.gelu(gate, approximate=False)
 
 
@@ -96,11 +84,21 @@ class FeedForward(nnx.Module):
 class BasicTransformerBlock(nnx.Module):
   """Pre-norm self-attention, cross-attention to the context, feed-forward; each added to its input."""
 
-  def __init__(self, channels: int, context_channels: int, *, heads: int, dtype=jnp.float32, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    channels: int,
+    context_channels: int,
+    *,
+    heads: int,
+    attention: str = "auto",
+    dtype=jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    attend = functools.partial(Attention, channels, heads=heads, backend=attention, dtype=dtype, rngs=rngs)
     self.norm1 = LayerNorm(channels, dtype=dtype)
-    self.attn1 = Attention(channels, channels, heads=heads, dtype=dtype, rngs=rngs)
+    self.attn1 = attend(channels)
     self.norm2 = LayerNorm(channels, dtype=dtype)
-    self.attn2 = Attention(channels, context_channels, heads=heads, dtype=dtype, rngs=rngs)
+    self.attn2 = attend(context_channels)
     self.norm3 = LayerNorm(channels, dtype=dtype)
     self.ff = FeedForward(channels, dtype=dtype, rngs=rngs)
 
@@ -122,6 +120,7 @@ class Transformer2D(nnx.Module):
     num_layers: int,
     groups: int,
     linear_projection: bool,
+    attention: str = "auto",
     dtype=jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -132,7 +131,7 @@ class Transformer2D(nnx.Module):
     self.proj_in = project(channels, channels, dtype=dtype, rngs=rngs)
     self.transformer_blocks = nnx.List(
       [
-        BasicTransformerBlock(channels, context_channels, heads=heads, dtype=dtype, rngs=rngs)
+        BasicTransformerBlock(channels, context_channels, heads=heads, attention=attention, dtype=dtype, rngs=rngs)
         for _ in range(num_layers)
       ]
     )

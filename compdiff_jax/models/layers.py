@@ -40,9 +40,10 @@ class Dense(nnx.Module):
     self.kernel = torch_uniform(rngs, (in_features, out_features), in_features)
     self.bias = torch_uniform(rngs, (out_features,), in_features) if use_bias else None
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-    return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+  def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+    """All output features, or those of `columns` alone."""
+    y = x.astype(self.dtype) @ self.kernel[:, columns].astype(self.dtype)
+    return y if self.bias is None else y + self.bias[columns].astype(self.dtype)
 
 
 class Conv(nnx.Module):

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from compdiff_jax.cli import InputError
+from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.models import config as configs
 from compdiff_jax.models.attention import Transformer2D
+from compdiff_jax.models.attention_backends import BACKENDS
 from compdiff_jax.models.layers import ACTIVATIONS, Conv, Dense, GroupNorm
 from compdiff_jax.models.remat import rematerialized
 from compdiff_jax.models.unet_blocks import (
@@ -27,6 +28,9 @@ from compdiff_jax.models.unet_blocks import (
 # Does a block of this type attend to the context?
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+
+# Small parts that may compute in float32 while the rest does not; `conv_out` takes the norm before it along.
+UPCAST = ("time_embedding", "conv_out")
 
 # Options of the torch class that no Stable Diffusion 1.x or 2.x text-to-image model uses, with the value they all have.
 _FIXED = {
@@ -69,7 +73,7 @@ class UNetConfig:
   Attributes:
     sample_size: latent height and width that samplers use by default; the network takes any size.
     attention_head_dim: the NUMBER of heads, of all blocks or of each (diffusers keeps the wrong name for old files).
-    upcast_attention: kept for torch; attention scores are float32 here in any case.
+    upcast_attention: kept for torch; attention scores are float32 here on every platform.
   """
 
   sample_size: int | tuple[int, ...] | None = None
@@ -177,15 +181,28 @@ class TimestepEmbedding(nnx.Module):
 class UNet2DCondition(nnx.Module):
   """Predicts noise (or v) from noisy latents, the diffusion time and a sequence of context tokens.
 
-  `remat` names a policy of `models.remat` for its residual and transformer blocks.
+  `remat` names a policy of `models.remat` for its residual and transformer blocks, `attention` one of
+  `attention_backends.BACKENDS`, and `upcast` those of `UPCAST` that compute in float32 whatever `dtype` is.
   """
 
-  def __init__(self, config: UNetConfig, dtype=jnp.float32, *, remat: str = "none", rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: UNetConfig,
+    dtype=jnp.float32,
+    *,
+    remat: str = "none",
+    attention: str = "auto",
+    upcast: Collection[str] = (),
+    rngs: nnx.Rngs,
+  ):
+    if attention not in BACKENDS:
+      raise InputError(f"config.attention is {attention!r}{nearest(attention, BACKENDS)}")
     self.config = config
     channels = config.block_out_channels
     groups = config.norm_num_groups
     time_channels = 4 * channels[0]
     typed = {"dtype": dtype, "rngs": rngs}
+    precise = lambda part: jnp.float32 if part in upcast else dtype  # noqa: E731
     self.activation = ACTIVATIONS[config.act_fn]
     resnet = functools.partial(
       rematerialized(ResnetBlock2D, remat),
@@ -201,6 +218,7 @@ class UNet2DCondition(nnx.Module):
       num_layers=config.transformer_layers_per_block,
       groups=groups,
       linear_projection=config.use_linear_projection,
+      attention=attention,
       **typed,
     )
     downsample = functools.partial(Downsample2D, padding=config.downsample_padding, **typed)
@@ -208,7 +226,9 @@ class UNet2DCondition(nnx.Module):
     last = len(channels) - 1
 
     self.conv_in = Conv(config.in_channels, channels[0], **typed)
-    self.time_embedding = TimestepEmbedding(channels[0], time_channels, activation=self.activation, **typed)
+    self.time_embedding = TimestepEmbedding(
+      channels[0], time_channels, activation=self.activation, dtype=precise("time_embedding"), rngs=rngs
+    )
 
     # The widths of the features that the way down leaves for the way up, used last in, first out.
     skips = [channels[0]]
@@ -249,8 +269,8 @@ class UNet2DCondition(nnx.Module):
       )
       width = channels[level]
 
-    self.conv_norm_out = GroupNorm(groups, width, eps=config.norm_eps, dtype=dtype)
-    self.conv_out = Conv(width, config.out_channels, **typed)
+    self.conv_norm_out = GroupNorm(groups, width, eps=config.norm_eps, dtype=precise("conv_out"))
+    self.conv_out = Conv(width, config.out_channels, dtype=precise("conv_out"), rngs=rngs)
 
   def __call__(
     self,
@@ -271,7 +291,7 @@ class UNet2DCondition(nnx.Module):
         output h becomes gamma h + beta.
 
     Returns:
-      [B, h, w, out_channels], in the compute type.
+      [B, h, w, out_channels], in the compute type, or float32 where `conv_out` is upcast.
     """
     config = self.config
     time = self.time_embedding(

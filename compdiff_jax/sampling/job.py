@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image, PngImagePlugin
 
 from compdiff_jax import __version__, distributed, sharding
@@ -39,12 +40,12 @@ def make_generate(
   guidance: Guidance,
   guidance_rescale: float,
   batch_size: int,
+  mesh: Mesh,
 ) -> Callable[..., np.ndarray]:
   """Returns (params, texts, attributes, seeds, negatives) -> images for any number of rows.
 
-  Rows are put through the compiled sampler in batches of one padded shape, sharded over all devices.
+  Rows are put through the compiled sampler in batches of one padded shape, split over `mesh`, where the parameters are.
   """
-  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   batch_size = padded_batch(batch_size, mesh.size)
   sampler = make_sampler(model, table, guidance_rescale)
 

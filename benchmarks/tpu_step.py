@@ -1,0 +1,188 @@
+"""`python -m benchmarks.tpu_step`: the SD 2.1 UNet's training step, compiled for TPUs that are not here, beside a peer.
+
+bfloat16 compute, float32 parameters, AdamW, nothing recomputed, pure data parallel, 512 px latents, 77 context tokens.
+The peer is the Flax UNet of diffusers 0.34, compiled the same way. Everything is per device and the compiler's word;
+nothing is measured on hardware. Pieces of the network show where bytes and memory go; they include their gradients.
+
+The compiler does not look into kernels: their operations are added here, and their time at the chip's peak is added to
+the estimate, as if nothing ran beside them. Needs the `libtpu` wheel, 10 GB of memory and 20 minutes of two cores.
+"""
+
+import argparse
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compdiff_jax import sharding
+from compdiff_jax.ahead_of_time.chips import chip, topology_devices
+from compdiff_jax.models import Functional, UNet2DCondition, UNetConfig
+from compdiff_jax.models.attention import Transformer2D, attention
+from compdiff_jax.models.attention_backends import BACKENDS
+from compdiff_jax.models.layers import GroupNorm
+from compdiff_jax.models.unet_blocks import ResnetBlock2D
+
+SD21 = UNetConfig(
+  sample_size=64,
+  block_out_channels=(320, 640, 1280, 1280),
+  attention_head_dim=(5, 10, 20, 20),
+  cross_attention_dim=1024,
+  use_linear_projection=True,
+)
+_CONTEXT = (77, 1024)
+_LONG = ((5, 64**2, 5), (5, 32**2, 10))  # blocks, tokens and heads of the self-attentions that the kernel computes
+_HEAD = 64
+
+# v5p:2x2x1, 8 images a device; and how much of it ours may be.
+PEER = {"flops": 18.50e12, "bytes": 224.3e9, "temporaries": 15.07 * 2**30, "seconds": 0.121}
+GOAL = {"bytes": 0.5 * PEER["bytes"], "temporaries": 0.5 * PEER["temporaries"], "seconds": 0.08}
+
+Program = tuple[Callable[..., Any], tuple[Any, ...], float]
+
+
+class _Shapes:
+  """Abstract arrays on a mesh: rows of a batch, or the same on every device."""
+
+  def __init__(self, mesh: jax.sharding.Mesh, rows: int):
+    self._whole, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    self._rows = rows * mesh.size
+
+  def rows(self, *shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((self._rows, *shape), dtype, sharding=self._split)
+
+  def whole(self, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole), tree)
+
+
+def kernel_flops(rows: int, tokens: int, heads: int) -> float:
+  """Two matrix products of the scores' size forward, five backward, two operations a multiplication."""
+  return 2.0 * 7 * rows * heads * tokens**2 * _HEAD
+
+
+def step(shapes: _Shapes, rows: int, backend: str) -> Program:
+  """(function, abstract arguments, operations inside kernels) of the whole step; it donates its first argument."""
+  unet = Functional(lambda rngs: UNet2DCondition(SD21, jnp.bfloat16, attention=backend, rngs=rngs))
+  optimizer = optax.adamw(1e-5)
+
+  def loss(params, latents, timesteps, context, noise):
+    prediction = unet(params, latents, timesteps, context).astype(jnp.float32)
+    return jnp.mean(jnp.square(prediction - noise))
+
+  def train(state, *batch):
+    params, moments = state
+    value, grads = jax.value_and_grad(loss)(params, *batch)
+    updates, moments = optimizer.update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), value
+
+  state = shapes.whole((unet.shapes, jax.eval_shape(optimizer.init, unet.shapes)))
+  latents = shapes.rows(64, 64, 4, dtype=jnp.float32)
+  batch = latents, shapes.rows(dtype=jnp.int32), shapes.rows(*_CONTEXT), latents
+  kernels = sum(count * kernel_flops(rows, tokens, heads) for count, tokens, heads in _LONG)
+  return train, (state, *batch), kernels if backend == "auto" else 0.0
+
+
+def _module(build: Callable[..., Any], shapes: _Shapes, inputs: tuple[Any, ...], after=lambda x: x) -> Program:
+  """A module and its gradients by parameters and inputs."""
+  network = Functional(build)
+  call = lambda params, *inputs: after(network(params, *inputs))  # noqa: E731
+
+  def both(params, inputs, cotangent):
+    out, gradient = jax.vjp(call, params, *inputs)
+    return out, gradient(cotangent)
+
+  out = jax.eval_shape(call, network.shapes, *inputs)
+  return both, (shapes.whole(network.shapes), inputs, shapes.rows(*out.shape[1:])), 0.0
+
+
+def pieces(shapes: _Shapes, rows: int, backend: str) -> dict[str, Callable[[], Program]]:
+  """The parts of the highest resolution, 64x64 and 320 channels, where most bytes are."""
+  typed = {"dtype": jnp.bfloat16}
+  pixels, context = shapes.rows(64, 64, 320), shapes.rows(*_CONTEXT)
+  norm = functools.partial(GroupNorm, 32, 320, eps=1e-5)
+  long = kernel_flops(rows, 64**2, 5) if backend == "auto" else 0.0
+
+  def self_attention() -> Program:
+    heads = shapes.rows(64**2, 5, _HEAD)
+    both = lambda q, k, v, cotangent: jax.vjp(functools.partial(attention, backend=backend), q, k, v)[1](cotangent)  # noqa: E731
+    return both, (heads,) * 4, long
+
+  def resnet() -> Program:
+    build = lambda rngs: ResnetBlock2D(  # noqa: E731
+      320, 320, groups=32, eps=1e-5, activation=jax.nn.silu, time_channels=1280, rngs=rngs, **typed
+    )
+    return _module(build, shapes, (pixels, shapes.rows(1280)))
+
+  def transformer() -> Program:
+    build = lambda rngs: Transformer2D(  # noqa: E731
+      320,
+      heads=5,
+      context_channels=_CONTEXT[1],
+      num_layers=1,
+      groups=32,
+      linear_projection=True,
+      attention=backend,
+      rngs=rngs,
+      **typed,
+    )
+    function, arguments, _ = _module(build, shapes, (pixels, context))
+    return function, arguments, long
+
+  return {
+    "step": lambda: step(shapes, rows, backend),
+    "resnet": resnet,
+    "transformer": transformer,
+    "self-attention": self_attention,
+    "norm": lambda: _module(lambda rngs: norm(**typed), shapes, (pixels,)),
+    "norm and SiLU": lambda: _module(lambda rngs: norm(**typed), shapes, (pixels,), after=jax.nn.silu),
+  }
+
+
+def figures(program: Program, device: Any, donate: bool) -> dict[str, float]:
+  """What the compiler says about a program."""
+  function, arguments, kernels = program
+  lowered = jax.jit(function, donate_argnums=0 if donate else ()).trace(*arguments).lower()
+  started = time.monotonic()
+  compiled = lowered.compile()
+  costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+  peak = chip(device).flops
+  return {
+    "flops": costs["flops"] + kernels,
+    "flops_in_kernels": kernels,
+    "bytes": costs["bytes accessed"],
+    "temporaries": memory.temp_size_in_bytes,
+    "arguments": memory.argument_size_in_bytes,
+    "optimal_seconds": costs["optimal_seconds"],
+    "seconds": costs["optimal_seconds"] + kernels / peak,
+    "compile_seconds": round(time.monotonic() - started, 1),
+  }
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--parts", default="step", help="step, or pieces: resnet,transformer,self-attention,norm,…")
+  parser.add_argument("--topology", default="v5p:2x2x1")
+  parser.add_argument("--rows", type=int, default=8, help="images a device")
+  parser.add_argument("--attention", choices=BACKENDS, default="auto")
+  args = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  devices = topology_devices(args.topology, 1)
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+  known = pieces(_Shapes(mesh, args.rows), args.rows, args.attention)
+  for part in args.parts.split(","):
+    if part not in known:
+      parser.error(f"--parts {part!r}; known: {', '.join(known)}")
+    ours = figures(known[part](), devices[0], donate=part == "step")
+    line = {"part": part, "topology": args.topology, "rows": args.rows, "attention": args.attention, **ours}
+    if part == "step" and (args.topology, args.rows) == ("v5p:2x2x1", 8):
+      line["of_peer"] = {name: round(ours[name] / figure, 3) for name, figure in PEER.items()}
+      line["reached"] = {name: ours[name] <= limit for name, limit in GOAL.items()}
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,234 @@
+"""Attention: every backend against the closed form in float64, which one is taken, and programs lowered for TPUs."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import torch
+import torch_parity
+from conftest import REPOSITORY, config_arguments
+
+from compdiff_jax import sharding
+from compdiff_jax.ahead_of_time.program import lower_train_step
+from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.config import load_config
+from compdiff_jax.diffusion.samplers import make_table
+from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.models.attention_backends import attention, cudnn_takes, splash, splash_takes
+from compdiff_jax.sampling.guidance import Guidance
+from compdiff_jax.sampling.sampler import make_sampler, sampler_from_config
+
+_ONE_ROW_A_DEVICE = {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def _closed_form(query, key, value, causal=False):
+  scores = np.einsum("bthd,bshd->bhts", query, key) / np.sqrt(query.shape[-1])
+  if causal:
+    scores = np.where(np.tri(*scores.shape[-2:], dtype=bool), scores, -np.inf)
+  return np.einsum("bhts,bshd->bthd", scipy.special.softmax(scores, axis=-1), value)
+
+
+def _torch_gradients(query, key, value, cotangent):
+  """Gradients of sum(attention * cotangent) in float64, by torch."""
+  leaves = [torch.from_numpy(x.astype(np.float64)).requires_grad_() for x in (query, key, value)]
+  q, k, v = (leaf.transpose(1, 2) for leaf in leaves)
+  weights = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)
+  ((weights @ v).transpose(1, 2) * torch.from_numpy(cotangent)).sum().backward()
+  return [leaf.grad.numpy() for leaf in leaves]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plain_form(causal):
+  query, key, value = (torch_parity.normal(seed, 2, 6, 3, 4) for seed in range(3))
+  expected = _closed_form(query.astype(np.float64), key, value, causal)
+  np.testing.assert_allclose(attention(query, key, value, causal=causal), expected, rtol=0, atol=1e-6)
+
+
+def test_scores_are_float32():
+  """Scores near 1,000 whose differences float16 and bfloat16 would round away or overflow."""
+  query = jnp.full((1, 1, 1, 64), 16, jnp.bfloat16)
+  key = jnp.full((1, 2, 1, 64), 8, jnp.bfloat16).at[0, 1, 0, 0].set(8.25)
+  value = jnp.stack([jnp.zeros(64), jnp.ones(64)]).astype(jnp.bfloat16)[None, :, None]
+  expected = scipy.special.expit(16 * 0.25 / 8)
+  np.testing.assert_allclose(attention(query, key, value), expected, rtol=0, atol=4e-3)
+
+
+@pytest.mark.parametrize(("length", "size", "devices"), [(512, 64, 1), (256, 40, 8)])
+def test_splash_and_its_gradient(length, size, devices):
+  """Interpreted on the CPU, in float32; whole on one device, then split over the rows of eight."""
+  query, key, value, cotangent = (torch_parity.normal(seed, devices, length, 2, size) for seed in range(4))
+  inputs = jax.tree.map(jnp.asarray, (query, key, value, cotangent))
+  if devices > 1:
+    inputs = jax.device_put(inputs, sharding.batch_sharding(sharding.make_mesh(_ONE_ROW_A_DEVICE)))
+
+  @jax.jit
+  def both(query, key, value, cotangent):
+    out, gradient = jax.vjp(functools.partial(splash, interpret=True), query, key, value)
+    return out, gradient(cotangent)
+
+  out, gradients = both(*inputs)
+  np.testing.assert_allclose(out, _closed_form(query.astype(np.float64), key, value), rtol=0, atol=2e-6)
+  for ours, theirs in zip(gradients, _torch_gradients(query, key, value, cotangent)):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def _heads(rows, length, key_length=None, size=64, dtype=jnp.bfloat16, mesh=None):
+  where = sharding.batch_sharding(mesh) if mesh else None
+  return [jax.ShapeDtypeStruct((rows, n, 2, size), dtype, sharding=where) for n in (length, key_length or length)]
+
+
+def _takes(*abstract):
+  found = []
+  jax.eval_shape(lambda query, key: found.append(splash_takes(query, key)), *abstract)
+  return found[0]
+
+
+def test_splash_takes_long_self_attention_and_leaves_the_rest():
+  mesh = sharding.make_mesh(_ONE_ROW_A_DEVICE)
+  for length in (1024, 4096, 48 * 48, 96 * 96):  # levels of 512 and 768 pixels
+    assert _takes(*_heads(8, length))
+  assert _takes(*_heads(16, 1024, mesh=mesh))
+  assert not _takes(*_heads(8, 256))
+  assert not _takes(*_heads(8, 1024 + 128))
+  assert not _takes(*_heads(8, 4096, 77))
+  assert not _takes(*_heads(8, 4096, dtype=jnp.float32))
+
+
+def test_splash_leaves_rows_that_the_devices_cannot_share():
+  mesh = sharding.make_mesh(_ONE_ROW_A_DEVICE)
+  found = []
+
+  def part(x):
+    query = x[:4]  # as CoInD takes some rows of a batch
+    found.append(splash_takes(query, query))
+    return query
+
+  jax.jit(part).trace(_heads(8, 1024, mesh=mesh)[0])
+  assert found == [False]
+
+
+@pytest.fixture(scope="module")
+def setting(workspace):
+  """A run whose self-attention is 1,024 tokens long, in bfloat16, and its schema."""
+  path, *overrides = config_arguments(workspace)
+  config = load_config(path.removeprefix("--config="), [*overrides, "--config.data.image_size=128"])
+  config.compute_dtype = "bfloat16"
+  return config, Schema.load(workspace / "data" / "schema.json")
+
+
+def _kernels(traced, platform="tpu"):
+  """Different kernels in the program; blocks of one shape share theirs."""
+  return traced.lower(lowering_platforms=(platform,)).as_text().count("tpu_custom_call")
+
+
+@pytest.mark.parametrize(
+  ("changes", "kernels"),
+  [
+    # The kernel, again where it is recomputed and keeps what the gradient needs, and the gradient.
+    ({"mesh.fsdp": 4, "remat": "matmuls"}, 3),
+    # In a scan, and a second pass of the UNet over four times a quarter of the rows.
+    ({"train.accumulation": 2, "train.batch_size": 64, "loss.coind": 1.0}, 2),
+  ],
+  ids=["fsdp and remat", "accumulation and CoInD"],
+)
+def test_training_step_lowered_for_tpu(setting, changes, kernels):
+  """Lowered on a machine without one."""
+  config, schema = setting[0].copy_and_resolve_references(), setting[1]
+  config.update_from_flattened_dict(changes)
+  _, traced = lower_train_step(config, schema, jax.devices(), "moments")
+  assert _kernels(traced) == kernels
+
+
+def test_the_platform_and_the_backend_choose():
+  query, key = _heads(8, 1024, mesh=sharding.make_mesh(_ONE_ROW_A_DEVICE))
+  traced = jax.jit(attention).trace(query, key, key)
+  assert _kernels(traced) == 1 and _kernels(traced, "cpu") == 0 and _kernels(traced, "cuda") == 0
+  plain = jax.jit(functools.partial(attention, backend="xla")).trace(query, key, key)
+  assert _kernels(plain) == 0
+
+
+def test_sampler_lowered_for_tpu(setting):
+  """The kernel is in the loop's body."""
+  config, schema = setting
+  model = LatentDiffusion.from_config(config, schema)
+  mesh = sharding.make_mesh(_ONE_ROW_A_DEVICE)
+  table = make_table(sampler_from_config(config.sample), model.schedule, 2)
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  place = lambda where: lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=where)  # noqa: E731
+  names = ("unet", "vae", "text_encoder", "conditioner")
+  params = {
+    name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), model.component(name).shapes)
+    for name in names
+  }
+  ids = np.zeros([8, model.text_config.max_position_embeddings], np.int32)
+  batch = jax.tree.map(place(rows), (ids, ids, schema.unknown(8), np.zeros(8, np.uint32)))
+  traced = make_sampler(model, table, 0.0).trace(params, *batch, Guidance(2.0))
+  assert _kernels(traced) == 1
+
+
+def test_unknown_backend_is_refused(setting):
+  config = setting[0].copy_and_resolve_references()
+  config.attention = "flash"
+  with pytest.raises(InputError, match=r"config\.attention is 'flash'"):
+    LatentDiffusion.from_config(config, setting[1])
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu (no TPU is needed)"
+)
+def test_kernel_compiled_for_tpus_never_writes_the_scores():
+  """In a process of its own: the compiler's logs go to stderr. The scores of a row are 2 heads x 1024^2 float32."""
+  program = """if True:
+    import jax, jax.numpy as jnp
+    from compdiff_jax import sharding
+    from compdiff_jax.ahead_of_time.chips import topology_devices
+    from compdiff_jax.models.attention_backends import attention
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, topology_devices("v5e:2x2", 1))
+    x = jax.ShapeDtypeStruct((32, 1024, 2, 64), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+    gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+    compiled = jax.jit(gradient).trace(x, x, x).lower().compile()
+    print(compiled.as_text().count("tpu_custom_call"), compiled.memory_analysis().temp_size_in_bytes)
+  """
+  command = [sys.executable, "-c", program]
+  done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  kernels, temporaries = map(int, done.stdout.split()[-2:])
+  assert kernels >= 2
+  rows = 32 / 4
+  assert temporaries < rows * 2 * 1024**2 * 4
+
+
+@pytest.mark.skipif(not cudnn_takes(_heads(1, 8)[0]), reason="needs an NVIDIA GPU from Ampere on, and jax[cuda]")
+@pytest.mark.parametrize(("length", "key_length", "causal"), [(256, 256, False), (256, 77, False), (77, 77, True)])
+def test_cudnn_and_its_gradient(length, key_length, causal):
+  lengths = (length, key_length, key_length, length)
+  arrays = [torch_parity.normal(seed, 2, n, 2, 64) for seed, n in enumerate(lengths)]
+  rounded = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
+
+  @jax.jit
+  def both(query, key, value, cotangent):
+    out, gradient = jax.vjp(functools.partial(attention, causal=causal), query, key, value)
+    return out, gradient(cotangent)
+
+  assert "__cudnn" in both.lower(*rounded).as_text()
+  out, gradients = both(*rounded)
+  exact = [np.asarray(x, np.float64) for x in rounded]
+  np.testing.assert_allclose(np.asarray(out, np.float64), _closed_form(*exact[:3], causal), rtol=0, atol=2e-2)
+  if not causal:
+    for ours, theirs in zip(gradients, _torch_gradients(*exact)):
+      np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=0, atol=4e-2)
+
+
+def test_cudnn_leaves_wide_heads_and_float32():
+  """The autoencoder's one head of 512 is too wide, on any GPU."""
+  assert not cudnn_takes(_heads(1, 64, size=512)[0])
+  assert not cudnn_takes(_heads(1, 64, size=60)[0])
+  assert not cudnn_takes(_heads(1, 64, dtype=jnp.float32)[0])
