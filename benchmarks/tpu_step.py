@@ -22,7 +22,7 @@ import optax
 from compdiff_jax import sharding
 from compdiff_jax.ahead_of_time.chips import chip, topology_devices
 from compdiff_jax.models import Functional, UNet2DCondition, UNetConfig
-from compdiff_jax.models.attention import Transformer2D, attention
+from compdiff_jax.models.attention import FeedForward, Transformer2D, attention
 from compdiff_jax.models.attention_backends import BACKENDS
 from compdiff_jax.models.layers import GroupNorm
 from compdiff_jax.models.unet_blocks import ResnetBlock2D
@@ -137,6 +137,9 @@ def pieces(shapes: _Shapes, rows: int, backend: str) -> dict[str, Callable[[], P
     "resnet": resnet,
     "transformer": transformer,
     "self-attention": self_attention,
+    "feed-forward": lambda: _module(
+      lambda rngs: FeedForward(320, rngs=rngs, **typed), shapes, (shapes.rows(64**2, 320),)
+    ),
     "norm": lambda: _module(lambda rngs: norm(**typed), shapes, (pixels,)),
     "norm and SiLU": lambda: _module(lambda rngs: norm(**typed), shapes, (pixels,), after=jax.nn.silu),
   }
@@ -164,7 +167,7 @@ def figures(program: Program, device: Any, donate: bool) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--parts", default="step", help="step, or pieces: resnet,transformer,self-attention,norm,…")
+  parser.add_argument("--parts", default="step", help="step, or pieces of it: resnet,transformer,…")
   parser.add_argument("--topology", default="v5p:2x2x1")
   parser.add_argument("--rows", type=int, default=8, help="images a device")
   parser.add_argument("--attention", choices=BACKENDS, default="auto")

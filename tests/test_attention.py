@@ -100,6 +100,7 @@ def test_splash_takes_long_self_attention_and_leaves_the_rest():
   assert not _takes(*_heads(8, 1024 + 128))
   assert not _takes(*_heads(8, 4096, 77))
   assert not _takes(*_heads(8, 4096, dtype=jnp.float32))
+  assert not _takes(*_heads(8, 4096, size=512))  # of an autoencoder
 
 
 def test_splash_leaves_rows_that_the_devices_cannot_share():

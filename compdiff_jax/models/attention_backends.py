@@ -9,15 +9,18 @@ TPU's kernel. All three multiply in the type of the inputs and keep scores, thei
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from compdiff_jax.sharding import BATCH_AXES
+from compdiff_jax.sharding import AXES, BATCH_AXES
 
 # What config.attention may be: the platform's choice, or the plain form everywhere.
 BACKENDS = ("auto", "xla")
 
+# The widest head of both kernels; the autoencoder has one of 512.
+_MAX_HEAD = 128
 # Tokens that the TPU kernel loads at once. Below the smallest length, scores are small enough to be written.
 _BLOCKS = (1024, 512, 256)
 _MIN_LENGTH = 1024
@@ -55,7 +58,7 @@ def attention(
 
 def cudnn_takes(query: jax.Array) -> bool:
   """Does cuDNN's flash attention compute these heads on this machine's GPUs?"""
-  return query.dtype in (jnp.float16, jnp.bfloat16) and query.shape[-1] in range(8, 129, 8) and _flash_gpu()
+  return query.dtype in (jnp.float16, jnp.bfloat16) and query.shape[-1] in range(8, _MAX_HEAD + 1, 8) and _flash_gpu()
 
 
 @functools.cache
@@ -70,14 +73,14 @@ def _flash_gpu() -> bool:
 
 def splash_takes(query: jax.Array, key: jax.Array) -> bool:
   """Is this long self-attention in bfloat16, its length in whole blocks and its batch in whole rows a device?"""
-  rows, length = query.shape[:2]
+  rows, length, _, size = query.shape
   mesh = jax.typeof(query).sharding.mesh
-  ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
   return (
     query.dtype == jnp.bfloat16
+    and size <= _MAX_HEAD
     and length == key.shape[1] >= _MIN_LENGTH
     and length % _BLOCKS[-1] == 0
-    and rows % ways == 0
+    and (mesh.empty or (mesh.axis_names == AXES and rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0))
   )
 
 
