@@ -16,15 +16,12 @@ import torch_parity
 from conftest import REPOSITORY, config_arguments
 
 from compdiff_jax import sharding
-from compdiff_jax.ahead_of_time.program import lower_train_step
+from compdiff_jax.ahead_of_time import program
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
-from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.models.attention_backends import attention, cudnn_takes, splash, splash_takes
-from compdiff_jax.sampling.guidance import Guidance
-from compdiff_jax.sampling.sampler import make_sampler, sampler_from_config
 
 _ONE_ROW_A_DEVICE = {"data": 2, "fsdp": 4, "tensor": 1}
 
@@ -144,8 +141,7 @@ def test_training_step_lowered_for_tpu(setting, changes, kernels):
   """Lowered on a machine without one."""
   config, schema = setting[0].copy_and_resolve_references(), setting[1]
   config.update_from_flattened_dict(changes)
-  _, traced = lower_train_step(config, schema, jax.devices(), "moments")
-  assert _kernels(traced) == kernels
+  assert _kernels(program.trace("train", config, schema, jax.devices(), "moments").traced) == kernels
 
 
 def test_the_platform_and_the_backend_choose():
@@ -158,21 +154,7 @@ def test_the_platform_and_the_backend_choose():
 
 def test_sampler_lowered_for_tpu(setting):
   """The kernel is in the loop's body."""
-  config, schema = setting
-  model = LatentDiffusion.from_config(config, schema)
-  mesh = sharding.make_mesh(_ONE_ROW_A_DEVICE)
-  table = make_table(sampler_from_config(config.sample), model.schedule, 2)
-  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  place = lambda where: lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype, sharding=where)  # noqa: E731
-  names = ("unet", "vae", "text_encoder", "conditioner")
-  params = {
-    name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), model.component(name).shapes)
-    for name in names
-  }
-  ids = np.zeros([8, model.text_config.max_position_embeddings], np.int32)
-  batch = jax.tree.map(place(rows), (ids, ids, schema.unknown(8), np.zeros(8, np.uint32)))
-  traced = make_sampler(model, table, 0.0).trace(params, *batch, Guidance(2.0))
-  assert _kernels(traced) == 1
+  assert _kernels(program.trace_sampler(*setting, jax.devices()).traced) == 1
 
 
 def test_unknown_backend_is_refused(setting):
@@ -187,7 +169,7 @@ def test_unknown_backend_is_refused(setting):
 )
 def test_kernel_compiled_for_tpus_never_writes_the_scores():
   """In a process of its own: the compiler's logs go to stderr. The scores of a row are 2 heads x 1024^2 float32."""
-  program = """if True:
+  code = """if True:
     import jax, jax.numpy as jnp
     from compdiff_jax import sharding
     from compdiff_jax.ahead_of_time.chips import topology_devices
@@ -198,7 +180,7 @@ def test_kernel_compiled_for_tpus_never_writes_the_scores():
     compiled = jax.jit(gradient).trace(x, x, x).lower().compile()
     print(compiled.as_text().count("tpu_custom_call"), compiled.memory_analysis().temp_size_in_bytes)
   """
-  command = [sys.executable, "-c", program]
+  command = [sys.executable, "-c", code]
   done = subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   kernels, temporaries = map(int, done.stdout.split()[-2:])

@@ -64,10 +64,10 @@ def report(
       raise
     return facts | out_of_memory(str(error), facts["memory"])
   facts["compile_seconds"] = round(time.monotonic() - started, 1)
-  facts["memory"] |= _memory(compiled)
+  facts["memory"] |= memory(compiled)
   facts["fits"] = available is None or facts["memory"]["peak"] <= available
   text = Compiled(compiled.as_text())
-  facts |= _work(compiled.cost_analysis(), text, traced, devices[0].platform, figures)
+  facts |= work(compiled.cost_analysis(), text, traced, devices[0].platform, figures)
   facts |= _speed(facts, figures)
   facts["collectives"] = _collectives(text, "ICI" if devices[0].platform == "tpu" else "links")
   facts |= _network_seconds(facts["collectives"], figures, 1 if topology == "local" or is_torus(topology) else 2)
@@ -112,7 +112,7 @@ def _size(pattern: re.Pattern[str], text: str) -> int | None:
   return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-def _memory(compiled: Any) -> dict[str, int]:
+def memory(compiled: Any) -> dict[str, int]:
   """Bytes of one device. Donated arguments and the results that take their place are counted once."""
   stats = compiled.memory_analysis()
   sizes = {
@@ -124,7 +124,7 @@ def _memory(compiled: Any) -> dict[str, int]:
   return {**sizes, "peak": sum(sizes.values())}
 
 
-def _work(
+def work(
   costs: Mapping[str, float], text: Compiled, traced: Program, platform: str, figures: Chip | None
 ) -> dict[str, float]:
   """Operations, bytes and the compiler's time of one device and call.
@@ -139,16 +139,16 @@ def _work(
   kernel_bytes = sum(size * times for size, times in kernels)
   total, once = text.bytes_accessed()
   loops = (total - kernel_bytes) / max(once - sum(size for size, _ in kernels), 1)
-  work = {
+  found = {
     "flops": count_jaxpr(jaxpr, lowered) / devices,
     "kernel_flops": count_jaxpr(jaxpr, lowered, kernels_only=True) / devices,
     "bytes_accessed": float(costs["bytes accessed"]) * loops + kernel_bytes,
   }
   seconds = costs.get("optimal_seconds", 0.0) + len(text.custom_calls(_COSTLESS_CALL))
   if figures is not None and seconds > 0:
-    inside = max(work["kernel_flops"] / figures.flops, kernel_bytes / figures.hbm_bandwidth)
-    work["estimated_seconds"] = float(seconds) * loops + inside
-  return work
+    inside = max(found["kernel_flops"] / figures.flops, kernel_bytes / figures.hbm_bandwidth)
+    found["estimated_seconds"] = float(seconds) * loops + inside
+  return found
 
 
 def _speed(facts: Mapping[str, Any], figures: Chip | None) -> dict[str, float]:
