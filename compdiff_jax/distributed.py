@@ -24,8 +24,11 @@ from compdiff_jax.cli import InputError, LostError
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Barrier", "heartbeat")
 # A process that sends no sign of life for so long is dead, and the runtime ends the others.
 _HEARTBEAT_SECONDS = 60
-# For what every process reaches at about the same time.
+# For what every process reaches at about the same time; --process_timeout changes it.
 _WAIT_SECONDS = 300
+_wait_seconds = float(_WAIT_SECONDS)
+# A compiler may take long; processes that die meanwhile are noticed by their heartbeat.
+_COMPILE_SECONDS = 4 * 3600
 # Room for an error line or a small result.
 _MESSAGE_BYTES = 8192
 
@@ -61,7 +64,9 @@ def session(args: argparse.Namespace) -> Iterator[None]:
     InputError: the options are incomplete or contradict each other.
     LostError: not all processes came in time, or one of them was lost on the way.
   """
+  global _wait_seconds
   _join(args)
+  _wait_seconds = args.process_timeout
   try:
     yield
   except Exception as error:
@@ -74,14 +79,25 @@ def session(args: argparse.Namespace) -> Iterator[None]:
     raise
   if _several():
     # Whoever is still writing is waited for; afterwards the service can go without anyone taking it for a failure.
-    barrier("end", args.process_timeout)
+    barrier("end")
     jax.distributed.shutdown()
 
 
-def barrier(name: str, timeout: float = _WAIT_SECONDS) -> None:
-  """Waits until every process has come here. One that does not come in `timeout` seconds is an error."""
+def barrier(name: str, seconds: float | None = None) -> None:
+  """Waits until every process has come here; one that does not in `seconds`, or --process_timeout, is an error."""
   if _several():
+    timeout = _wait_seconds if seconds is None else seconds
     multihost.get_barrier_sync_fn()(key=f"compdiff {name}", timeout_ms=round(1000 * timeout))
+
+
+def compile_together(function: Any, *arguments: Any) -> None:
+  """Compiles a jitted function and waits until every process has, so that its first call starts everywhere at once.
+
+  Only between CPU processes: there Gloo gives a collective 30 seconds, which one that still compiles may exceed.
+  """
+  if _several() and jax.default_backend() == "cpu":
+    function.lower(*arguments).compile()
+    barrier("compiled", _COMPILE_SECONDS)
 
 
 def from_writer(function: Callable[[], Any]) -> Any:

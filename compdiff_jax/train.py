@@ -186,6 +186,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       if step == start + 1:
         inputs = "images" if "images" in batch else "moments"
         clock.flops = model_flops(config, schema, inputs, traced=step_fn.trace(state, frozen, batch))
+        distributed.compile_together(step_fn, state, frozen, batch)
       with out_of_memory_advice(config), jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = step_fn(state, frozen, batch)
         clock.started(metrics)

@@ -9,7 +9,7 @@ import time
 
 import jax
 import pytest
-from conftest import REPOSITORY, config_arguments
+from conftest import PATIENCE, REPOSITORY, config_arguments
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
@@ -35,7 +35,7 @@ with Heartbeat(Path({path!r}), 0, 100, stall_seconds=0.4) as heartbeat:
 def test_stalled_run_says_where_it_hangs_and_ends(tmp_path):
   path = tmp_path / "heartbeat" / "0.json"
   script = [sys.executable, "-c", _STALL.format(path=str(path))]
-  done = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
+  done = subprocess.run(script, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE, check=False)
   assert done.returncode == cli.LostError.status
   assert "the last one was 7" in done.stderr and "in stuck_in_the_network" in done.stderr
   assert "giving up" in done.stderr

@@ -14,6 +14,7 @@ import threading
 import ml_collections
 import numpy as np
 import pytest
+from conftest import PATIENCE
 from PIL import Image
 
 from compdiff_jax.cli import InputError
@@ -239,7 +240,7 @@ def test_batches_are_placed_before_they_are_asked_for(record_set):
   batches = training_batches([(record_set, 1.0)], "train", batch_size=8, image_size=8, seed=0)
   batches = device_batches(batches.map(lambda batch: (seen.release(), batch)[1]), placement, 8)
   next(batches)
-  assert all(seen.acquire(timeout=60) for _ in range(3))
+  assert all(seen.acquire(timeout=PATIENCE) for _ in range(3))
   batches.close()
 
 
@@ -275,7 +276,7 @@ def test_two_processes_make_the_global_batches_of_one(record_set):
     )
     for i in range(2)
   ]
-  results = [process.communicate(timeout=120) for process in processes]
+  results = [process.communicate(timeout=PATIENCE) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], results
   expected = np.reshape(_order(_batches(record_set, batch_size=8), 6), [6, 4, 2])[3:]
   lines = [output.splitlines()[-3:] for output, _ in results]

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import REPOSITORY
+from conftest import PATIENCE, REPOSITORY
 
 _LAUNCH = REPOSITORY / "launch"
 _SCRIPTS = sorted(_LAUNCH.glob("*.sh"))
@@ -44,7 +44,7 @@ def call(tmp_path):
       ["bash", _LAUNCH / script, *arguments],
       cwd=REPOSITORY,
       env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), **environment},
-      capture_output=True, text=True, timeout=60, check=False,
+      capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     calls = log.read_text().splitlines() if log.exists() else []
     return done.returncode, calls, done.stdout + done.stderr

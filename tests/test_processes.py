@@ -6,6 +6,7 @@ One run of one process with four devices is what everything is compared with.
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -13,12 +14,17 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
-from conftest import _FAST_COMPILE, REPOSITORY, config_arguments
+from conftest import _FAST_COMPILE, PATIENCE, REPOSITORY, config_arguments
 
-from compdiff_jax import cli, train
+from compdiff_jax import cli, sample, sharding, train
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.metrics import read_metrics
+from compdiff_jax.training import bandit
+from compdiff_jax.training.fairness import FairDiffusion
+from data_prep.phantom.population import SCHEMA
 
 _STEPS = 40
 _RUN = ("--config.mesh.fsdp=2", f"--config.train.steps={_STEPS}", "--config.logging.checkpoint_every=20")
@@ -57,12 +63,12 @@ def _start(command, **environment):
   return process
 
 
-def _end(process, timeout=400):
-  out, _ = process.communicate(timeout=timeout)
+def _end(process):
+  out, _ = process.communicate(timeout=PATIENCE)
   return process.returncode, out
 
 
-def _wait(condition, processes, seconds=400):
+def _wait(condition, processes, seconds=PATIENCE):
   deadline = time.monotonic() + seconds
   while not condition():
     for process in processes:
@@ -76,10 +82,12 @@ def _heartbeat(workdir, process):
     return json.loads((workdir / "heartbeat" / f"{process}.json").read_text())
 
 
-def _free_port():
+def _places(count):
+  """The options of each of `count` processes that find each other."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
+    port = probe.getsockname()[1]
+  return [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"] for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -105,18 +113,20 @@ def _assert_same(rows, reference):
     assert ours["images"] == theirs["images"]
 
 
-def test_four_processes_lose_one_and_eight_devices_of_one_process_finish(arguments, reference, tmp_path, capsys):
+def test_four_processes_lose_one_and_eight_devices_of_one_process_finish(
+  arguments, reference, workspace, tmp_path, capsys
+):
+  """More hosts than shards: the data set has one a split."""
+  assert len(list((workspace / "data").glob("*train.array_record*"))) == 1
   workdir = tmp_path / "run"
-  port = _free_port()
   command = [sys.executable, "-m", "compdiff_jax", "train", *arguments, f"--workdir={workdir}"]
-  places = [[f"--coordinator=127.0.0.1:{port}", "--num_processes=4", f"--process_id={i}"] for i in range(4)]
-  processes = [_start([*command, *place]) for place in places]
+  processes = [_start([*command, *place]) for place in _places(4)]
   # Killed past a checkpoint, with rows in metrics.jsonl that the resumed run repeats.
   _wait(lambda: (workdir / "checkpoints" / "20").exists(), processes)
   _wait(lambda: any(row["step"] >= 22 for row in read_metrics(workdir)), processes)
   processes[3].send_signal(signal.SIGKILL)
   for process in processes[:3]:
-    status, out = _end(process, timeout=200)
+    status, out = _end(process)
     assert status == cli.LostError.status, out
     assert "of 4 lost another one" in out and "the same command on every host resumes" in out
   assert processes[3].wait() == -signal.SIGKILL
@@ -183,30 +193,117 @@ sys.exit(max(128 - code if code < 0 else code for code in codes))
   return _start(["bash", REPOSITORY / "launch" / "slurm.sh", *arguments], **environment)
 
 
-_JOIN = """
-import argparse, sys
-from compdiff_jax import cli, distributed
+def test_two_processes_sample_what_one_does(trained, tmp_path):
+  """They go on where a kill left a job, and every file has the same bytes."""
+  rows = [f"clear,{40 + i},{('male', 'female')[i % 2]},A,{i}" for i in range(5)]
+  (tmp_path / "plan.csv").write_text("\n".join(["text,age,sex,group,seed", *rows]) + "\n")
+  arguments = [f"--workdir={trained}", f"--plan={tmp_path / 'plan.csv'}"]
+  one, two = tmp_path / "one", tmp_path / "two"
+  sample.main([*arguments, f"--out={one}", "--batch_size=8"])  # one image a device, as below
+  shutil.copytree(one, two)
+  lines = (one / "manifest.csv").read_text().splitlines(keepends=True)
+  (two / "manifest.csv").write_text("".join(lines[:2]) + lines[2][:20])
+  (two / "000001.png").write_bytes(b"half")
+  for index in range(2, 5):
+    (two / f"{index:06d}.png").unlink()
+  command = [sys.executable, "-m", "compdiff_jax", "sample", *arguments, f"--out={two}", "--batch_size=2"]
+  processes = [_start([*command, *place]) for place in _places(2)]
+  for process in processes:
+    status, out = _end(process)
+    assert status == 0, out
+  content = lambda directory: {path.name: path.read_bytes() for path in directory.iterdir()}  # noqa: E731
+  assert len(content(one)) == 5 + len(("manifest.csv", "job.json", "schema.json"))
+  assert content(two) == content(one)
+
+
+_SEARCH = """
+import argparse
+import jax
+from test_processes import fairness_after_a_search
+from compdiff_jax import distributed
+
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+with distributed.session(parser.parse_args()):
+  sigma, filled = fairness_after_a_search(best=0.2 + 0.5 * jax.process_index())
+  print("sigma", *sigma, filled)
+"""
+
+
+def fairness_after_a_search(best):
+  """(sigma, rows of its history) where this process's search ends at `best`."""
+  fairness = FairDiffusion(SCHEMA, 7, "compdiff", 1.0, 4, 0.9, 0.1, 0.1)
+  maximise = bandit.maximise
+  bandit.maximise = lambda *_, **__: np.full(fairness.num_groups, best)
+  try:
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    rng = np.random.default_rng(0)
+    history = jax.tree.map(lambda x: rng.uniform(size=x.shape).astype(x.dtype), jax.device_get(fairness.create()))
+    state = sharding.place(history._replace(count=np.int32(4)), sharding.replicated(mesh))
+    found = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), fairness.search(state, 4))
+  finally:
+    bandit.maximise = maximise
+  return found.sigma.tolist(), int(found.count)
+
+
+def test_all_processes_take_the_sigma_of_the_first():
+  """Their searches end at different places, as they may where mathematical libraries differ."""
+  command = [sys.executable, "-c", _SEARCH]
+  path = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+  processes = [_start([*command, *place], PYTHONPATH=path) for place in _places(2)]
+  outputs = []
+  for process in processes:
+    status, out = _end(process)
+    assert status == 0, out
+    outputs += [line.split()[1:] for line in out.splitlines() if line.startswith("sigma")]
+  sigma, filled = fairness_after_a_search(best=0.2)
+  assert filled == 0 and not np.allclose(sigma, fairness_after_a_search(best=0.7)[0])
+  assert outputs == [[*map(str, sigma), "0"]] * 2
+
+
+_ADD = """
+import sys
+import jax, numpy as np
+from compdiff_jax import cli, distributed, sharding
 
 def main(argv):
-  parser = cli.parser("join", "")
+  parser = cli.parser("add", "")
   distributed.add_arguments(parser)
   with distributed.session(parser.parse_args(argv)):
-    pass
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    rows = sharding.place(np.ones(mesh.size), sharding.batch_sharding(mesh))
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    distributed.compile_together(add, rows)
+    while sharding.fetch(add(rows.copy())).sum() == 2 * mesh.size:
+      print("added", flush=True)
 
-status = cli.run(main, "join")
+status = cli.run(main, "add")
 distributed.leave(status)
 sys.exit(status)
 """
 
 
-def test_coordinator_that_never_answers_and_processes_that_never_come():
-  starts = []
-  for index in range(2):
-    place = [f"--coordinator=127.0.0.1:{_free_port()}", "--num_processes=2", f"--process_id={index}"]
-    starts.append(_start([sys.executable, "-c", _JOIN, *place, "--process_timeout=2"]))
+def test_the_process_that_holds_the_others_together_is_killed():
+  first, second = [_start([sys.executable, "-c", _ADD, *place]) for place in _places(2)]
+  for process in (first, second):
+    while process.stdout.readline() != "added\n":
+      assert process.poll() is None
+  first.send_signal(signal.SIGKILL)
+  status, out = _end(second)
+  assert status == cli.LostError.status, out[-3000:]
+  assert "add: failed: process 1 of 2 lost another one" in out
+  _end(first)
+
+
+def test_coordinator_that_never_answers_and_processes_that_never_come(arguments, tmp_path):
+  command = [sys.executable, "-m", "compdiff_jax", "train", *arguments, f"--workdir={tmp_path / 'run'}"]
+  starts = [_start([*command, *_places(2)[index], "--process_timeout=2"]) for index in range(2)]
   for process, words in zip(starts, ("not all processes came within 2 s", "does not answer within 2 s")):
-    status, out = _end(process, timeout=200)
-    assert status == cli.LostError.status and words in out, out
+    status, out = _end(process)
+    assert status == cli.LostError.status, out
+    (line,) = [line for line in out.splitlines() if line.startswith("compdiff train: ")]
+    assert words in line and "the same command runs on every host" in line
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
