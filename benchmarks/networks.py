@@ -96,12 +96,12 @@ def our_model(config: ml_collections.ConfigDict, size: Size) -> Any:
 
 
 def torch_device() -> Any:
-  """The GPU, else the CPU with as many threads as it has cores."""
+  """The GPU, else the CPU with as many threads as there are cores for this process, which is what XLA takes."""
   import torch
 
   if torch.cuda.is_available():
     return torch.device("cuda")
-  torch.set_num_threads(os.cpu_count())
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
   return torch.device("cpu")
 
 

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
   workdir = args.dir / "run"
   if workdir.exists():
     parser.error(f"{workdir} exists; give a new --dir")
-  train = [sys.executable, "-m", "compdiff_jax", *args.command[1:], f"--workdir={workdir}"]
+  program = ["-m", "compdiff_jax"] if args.command[0] == "compdiff" else args.command[:1]
+  train = [sys.executable, *program, *args.command[1:], f"--workdir={workdir}"]
   train += ["--config.logging.sample_every=1000000000"]
   environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(args.dir / "compiled")}
 

@@ -5,10 +5,11 @@ import functools
 import json
 
 import pytest
-from conftest import config_arguments
+from conftest import REPOSITORY
 from sleeper import sleeper
 
 from benchmarks import networks, restart, sampling, train_step, turns
+from compdiff_jax.metrics import read_metrics
 
 _TRAIN = {"size": "toy", "dtype": "float32", "batch": 2, "compiled": False}
 
@@ -63,10 +64,17 @@ def test_summary_compares_with_the_fastest_peer_round_by_round():
   assert row["jax"]["images_per_second"] == 5 and row["fast"]["processor_seconds"] == 4
 
 
-def test_restart_measures_three_starts_of_one_run(workspace, tmp_path, capsys):
-  command = ["compdiff", "train", *config_arguments(workspace), "--config.train.steps=100000"]
-  restart.main([f"--dir={tmp_path}", "--first=1", "--steps=4", "--", *command])
-  row = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+def test_restart_measures_three_starts_of_one_run(tmp_path, capsys):
+  restart.main([f"--dir={tmp_path}", "--first=2", "--steps=4", "--", str(REPOSITORY / "tests" / "stepper.py")])
+  row = json.loads(capsys.readouterr().out)
   assert row["warm_seconds_to_first_step"] > 0 and row["cold_seconds_to_first_step"] > 0
-  assert row["images_per_second"] > 0 and 0 <= row["data_wait_share"] <= 1
-  assert len(list((tmp_path / "compiled").iterdir())) > 0
+  # Of the last of the three runs.
+  assert row["images_per_second"] == 40 and row["data_wait_share"] == 0.01
+  steps = [entry["step"] for entry in read_metrics(tmp_path / "run")]
+  assert steps == sorted(steps) and steps[:4] == [1, 2, 3, 4] and all(step % 4 == 0 for step in steps[-2:])
+  assert (tmp_path / "compiled").is_dir()
+
+
+def test_restart_says_which_command_failed(tmp_path):
+  with pytest.raises(SystemExit, match="status 2 after 0 reports"):
+    restart.main([f"--dir={tmp_path}", "--", str(REPOSITORY / "tests" / "no_such_file.py")])
