@@ -51,7 +51,8 @@ def summary(
   """One measured call as a row for JSON.
 
   `by_clock` and `by_processor_time` say how many times as fast "jax" is as the fastest other side: the median over the
-  rounds, the lowest and the highest. Other programs on the machine lengthen the clock's time more than the other.
+  rounds, the lowest and the highest. Other programs on the machine lengthen the clock's time; they also make threads
+  wait for each other, which with torch costs processor time.
   """
   middle = {side: Times(*map(statistics.median, zip(*own))) for side, own in times.items()}
   peer = min((side for side in middle if side != "jax"), key=lambda side: middle[side].wall)
