@@ -38,7 +38,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
   auto = (AxisType.Auto,) * 3
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   if slices > 1 and shape[0] % slices == 0:
-    grid = mesh_utils.create_hybrid_device_mesh([shape[0] // slices, *shape[1:]], [slices, 1, 1], devices)
+    within, between = [shape[0] // slices, *shape[1:]], [slices, 1, 1]
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=auto)
   if slices > 1 and devices[0].platform == "tpu":
     raise InputError(
