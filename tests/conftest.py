@@ -26,8 +26,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 REPOSITORY = Path(__file__).parents[1]
 
 # Seconds after which a test gives up waiting for another process. No test is passed or failed by its speed: this is
-# for a machine on which ten other programs compute.
-PATIENCE = 1800
+# for a machine on which thirty other programs compute.
+PATIENCE = 3600
 
 # Overrides of configs/demo.py that make a training step take milliseconds.
 TINY = (
