@@ -46,7 +46,7 @@ class Budget:
   Attributes:
     vae_steps, vae_batch_size: of the shared autoencoder.
     steps, batch_size, learning_rate: of every run. seeds: training seeds; 42 was that of tuning.
-    sample_steps, guidance: of DDIM sampling.
+    sample_steps, guidance: of DDPM sampling.
     min_n: as for `compdiff evaluate`.
   """
 
@@ -168,6 +168,8 @@ def run_job(study: Study, args: argparse.Namespace) -> None:
   if not _trained(directory / "run", study.budget.steps):
     settings = run_settings(int(seed), study.budget)
     train.main([*config_arguments(study, method, settings), f"--workdir={directory / 'run'}"])
+    if not _trained(directory / "run", study.budget.steps):
+      raise cli.RunError(f"{args.job}: training was stopped; the same command goes on")
   sample.main([f"--workdir={directory / 'run'}", f"--plan={study.out / 'plan.csv'}", f"--out={directory / 'samples'}"])
 
 

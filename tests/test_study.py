@@ -116,6 +116,15 @@ def test_tables_and_margins(tmp_path, monkeypatch):
     assert (tmp_path / name).stat().st_size > 5000
 
 
+def test_a_run_that_was_stopped_is_not_sampled(tmp_path, monkeypatch):
+  """SIGTERM ends training with status 0; the run is not finished, and its pictures would be those of an early step."""
+  study = study_runs.Study(tmp_path, SCHEMA.names, phantom_study.NETWORKS, phantom_study.BUDGETS["quick"])
+  monkeypatch.setattr(study_runs.train, "main", lambda argv: None)
+  monkeypatch.setattr(study_runs.sample, "main", lambda argv: pytest.fail("sampled"))
+  with pytest.raises(study_runs.cli.RunError, match="baseline:42.*the same command goes on"):
+    study_runs.run_job(study, types.SimpleNamespace(job="baseline:42", core=None))
+
+
 def test_bad_arguments(fails, tmp_path):
   message = fails(phantom_study.main, "--out", tmp_path / "out", "--quick", "--methods", "compdif")
   assert "did you mean 'compdiff'" in message and not (tmp_path / "out").exists()
