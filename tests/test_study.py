@@ -121,7 +121,7 @@ def test_a_run_that_was_stopped_is_not_sampled(tmp_path, monkeypatch):
   study = study_runs.Study(tmp_path, SCHEMA.names, phantom_study.NETWORKS, phantom_study.BUDGETS["quick"])
   monkeypatch.setattr(study_runs.train, "main", lambda argv: None)
   monkeypatch.setattr(study_runs.sample, "main", lambda argv: pytest.fail("sampled"))
-  with pytest.raises(study_runs.cli.RunError, match="baseline:42.*the same command goes on"):
+  with pytest.raises(study_runs.cli.RunError, match="training was stopped; the same command goes on"):
     study_runs.run_job(study, types.SimpleNamespace(job="baseline:42", core=None))
 
 
