@@ -1,4 +1,5 @@
-"""A stand-in for `compdiff train`: a step every few milliseconds until SIGTERM; the same command goes on."""
+"""A stand-in for `compdiff train`: half a second to start, then a step every few milliseconds until SIGTERM; the same
+command goes on."""
 
 import argparse
 import json
@@ -17,6 +18,7 @@ args.workdir.mkdir(parents=True, exist_ok=True)
 path = args.workdir / "metrics.jsonl"
 step = json.loads(path.read_text().splitlines()[-1])["step"] if path.exists() else 0
 Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(exist_ok=True)
+time.sleep(0.5)
 while not stopped:
   step += 1
   if step % args.every == 0:

@@ -67,7 +67,7 @@ def test_summary_compares_with_the_fastest_peer_round_by_round():
 def test_restart_measures_three_starts_of_one_run(tmp_path, capsys):
   restart.main([f"--dir={tmp_path}", "--first=2", "--steps=4", "--", str(REPOSITORY / "tests" / "stepper.py")])
   row = json.loads(capsys.readouterr().out)
-  assert row["warm_seconds_to_first_step"] > 0 and row["cold_seconds_to_first_step"] > 0
+  assert min(row["warm_seconds_to_first_step"], row["cold_seconds_to_first_step"]) >= 0.5  # the stand-in's start
   # Of the last of the three runs.
   assert row["images_per_second"] == 40 and row["data_wait_share"] == 0.01
   steps = [entry["step"] for entry in read_metrics(tmp_path / "run")]
