@@ -91,6 +91,9 @@ class Yardstick:
         x, y = self._real[own], found[own]
         scores = groups.fidelity(group, members, self.schema, x, y, patients, sizes[group.kind], seed=0)
         rows[group.name] = {"kind": group.kind, "n": len(group.real), **scores, "fidelity": measured["measures"]}
+        if group.kind == "cell":  # for differences between methods, on the same draws
+          halves = groups.half_sample_kid(x[group.real], y[group.synthetic], patients[group.real], seed=0)[1:]
+          rows[group.name]["kid"]["halves"] = halves.round(5).tolist()
     return rows
 
 

@@ -172,13 +172,11 @@ def fidelity(
   """
   rng = np.random.default_rng(seed)
   x, y, units = real[group.real], synthetic[group.synthetic], patients[group.real]
-  in_x = [np.ones([1, len(x)], bool), half_draws(rng, units, DRAWS), *patient_draws(rng, units, size, DRAWS)]
-  in_y = [np.ones([1, len(y)], bool), *(kid.draw(rng, len(y), n, DRAWS) for n in (len(y) // 2, size))]
-  values = kid.kid_of_subsets(x, y, np.concatenate(in_x), np.concatenate(in_y))
-  own, matched = np.split(values[1:], 2)
+  values = half_sample_kid(x, y, units, seed)
+  matched = kid.kid_of_subsets(x, y, *patient_draws(rng, units, size, DRAWS), kid.draw(rng, len(y), size, DRAWS))
   scores = {
     "value": float(values[0]),
-    **_interval(values[0] + own - own.mean()),
+    **_interval(values[0] + values[1:] - values[1:].mean()),
     "matched": {"n": size, "mean": float(matched.mean()), **_interval(matched)},
     "null": _null_band(group, groups, schema, real, patients, size, rng),
   }
@@ -186,6 +184,19 @@ def fidelity(
     scores["excess"] = scores["matched"]["mean"] - scores["null"]["mean"]
     scores["inside_null"] = bool(scores["null"]["lo"] <= scores["matched"]["mean"] <= scores["null"]["hi"])
   return {"kid": scores, "fd": dataclasses.asdict(frechet_distance(x, y))}
+
+
+def half_sample_kid(real: np.ndarray, synthetic: np.ndarray, patients: np.ndarray, seed: int) -> np.ndarray:
+  """KID of features [N, d] and [M, d], then of `DRAWS` pairs of half-samples: [1 + DRAWS].
+
+  Draws depend on `patients`, M and `seed` alone. Two synthetic sets whose rows correspond are drawn alike, so that the
+  spread of their difference leaves out what both share: the real images, and the noise that rows start from.
+  """
+  rng = np.random.default_rng(seed)
+  in_x = np.concatenate([np.ones([1, len(real)], bool), half_draws(rng, patients, DRAWS)])
+  halves = kid.draw(rng, len(synthetic), len(synthetic) // 2, DRAWS)
+  in_y = np.concatenate([np.ones([1, len(synthetic)], bool), halves])
+  return kid.kid_of_subsets(real, synthetic, in_x, in_y)
 
 
 def _interval(values: np.ndarray) -> dict[str, float]:
