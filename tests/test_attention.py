@@ -21,7 +21,14 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.latent_diffusion import LatentDiffusion
-from compdiff_jax.models.attention_backends import attention, cudnn_takes, splash, splash_takes
+from compdiff_jax.models.attention_backends import (
+  attention,
+  by_head,
+  by_head_takes,
+  cudnn_takes,
+  splash,
+  splash_takes,
+)
 
 _ONE_ROW_A_DEVICE = {"data": 2, "fsdp": 4, "tensor": 1}
 
@@ -75,6 +82,47 @@ def test_splash_and_its_gradient(length, size, devices):
   np.testing.assert_allclose(out, _closed_form(query.astype(np.float64), key, value), rtol=0, atol=2e-6)
   for ours, theirs in zip(gradients, _torch_gradients(query, key, value, cotangent)):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(("length", "key_length", "devices"), [(256, 256, 1), (300, 77, 1), (256, 256, 8)])
+def test_by_head_and_its_gradient(length, key_length, devices):
+  """Whole on one device, then rows and heads split over eight."""
+  lengths = (length, key_length, key_length, length)
+  arrays = [torch_parity.normal(seed, 4, n, 2, 24) for seed, n in enumerate(lengths)]
+  inputs = jax.tree.map(jnp.asarray, arrays)
+  if devices > 1:
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    inputs = jax.device_put(inputs, sharding.batch_sharding(mesh))
+
+  @jax.jit
+  def both(query, key, value, cotangent):
+    out, gradient = jax.vjp(by_head, query, key, value)
+    return out, gradient(cotangent)
+
+  compiled = both.lower(*inputs).compile()
+  assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "all-reduce"))
+  out, gradients = compiled(*inputs)
+  np.testing.assert_allclose(out, _closed_form(arrays[0].astype(np.float64), *arrays[1:3]), rtol=0, atol=2e-6)
+  for ours, theirs in zip(gradients, _torch_gradients(*arrays)):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
+
+
+def test_by_head_with_scores_whose_exponential_overflows():
+  query, key, value = (torch_parity.normal(seed, 1, 256, 1, 16) for seed in range(3))
+  query *= 50
+  expected = _closed_form(query.astype(np.float64), key, value)
+  np.testing.assert_allclose(by_head(*map(jnp.asarray, (query, key, value))), expected, rtol=0, atol=5e-4)
+
+
+def test_by_head_takes_many_scores_in_float32():
+  long, wide = _heads(8, 256, dtype=jnp.float32), _heads(8, 256, size=512, dtype=jnp.float32)
+  assert by_head_takes(*long) and by_head_takes(*_heads(8, 1024, 77, dtype=jnp.float32))
+  assert not by_head_takes(*_heads(8, 64, dtype=jnp.float32)) and not by_head_takes(*_heads(8, 256))
+  assert not by_head_takes(*wide)
+  text = jax.jit(attention).trace(long[0], long[1], long[1]).lower(lowering_platforms=("cpu",)).as_text()
+  assert "stablehlo.while" in text
+  plain = jax.jit(attention).trace(long[0], long[1], long[1]).lower(lowering_platforms=("cuda",)).as_text()
+  assert "stablehlo.while" not in plain
 
 
 def _heads(rows, length, key_length=None, size=64, dtype=jnp.bfloat16, mesh=None):

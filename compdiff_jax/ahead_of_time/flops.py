@@ -12,11 +12,11 @@ class _What(NamedTuple):
   """What is counted.
 
   Attributes:
-    platform: whose branch of `jax.lax.platform_dependent` runs.
+    platform: whose branch of `jax.lax.platform_dependent` runs; "": the one for all platforms that are not named.
     kernels_only: only what runs inside Pallas kernels.
   """
 
-  platform: str = "cpu"
+  platform: str = ""
   kernels_only: bool = False
 
 
@@ -29,9 +29,10 @@ def count_flops(function: Callable[..., Any], *shapes: Any) -> int:
   return count_jaxpr(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
-def count_jaxpr(jaxpr: core.Jaxpr, platform: str = "cpu", kernels_only: bool = False) -> int:
+def count_jaxpr(jaxpr: core.Jaxpr, platform: str = "", kernels_only: bool = False) -> int:
   """`count_flops` of a traced program, on all devices together, when it is lowered for "tpu", "cuda" or "cpu".
 
+  Without a platform it is the model that counts, in its plain form, and not what kernels do to save memory.
   A loop counts as often as it runs and a Pallas kernel once for each cell of its grid; the compiler counts a loop once
   and kernels not at all. `kernels_only` counts nothing but kernels.
   """

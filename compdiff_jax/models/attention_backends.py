@@ -2,14 +2,16 @@
 
   TPU      Pallas splash attention for long self-attention, which never writes the scores to memory
   NVIDIA   cuDNN's flash attention, in float16 and bfloat16
+  CPU      a loop over heads for long sequences in float32, whose scores stay in the cache
   else     XLA: two matrix products around a softmax
 
 The choice is made when a program is lowered, not where the process runs, so a CPU that compiles for a TPU gets the
-TPU's kernel. All three multiply in the type of the inputs and keep scores, their softmax and all sums in float32.
+TPU's kernel. All of them multiply in the type of the inputs and keep scores, their softmax and all sums in float32.
 """
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +21,13 @@ from compdiff_jax.sharding import AXES, BATCH_AXES
 # What config.attention may be: the platform's choice, or the plain form everywhere.
 BACKENDS = ("auto", "xla")
 
-# The widest head of both kernels; the autoencoder has one of 512.
+# The widest head of the kernels and the loop; the autoencoder has one of 512.
 _MAX_HEAD = 128
 # Tokens that the TPU kernel loads at once. Below the smallest length, scores are small enough to be written.
 _BLOCKS = (1024, 512, 256)
 _MIN_LENGTH = 1024
+# Scores of a head from which on the loop is the faster form on a CPU.
+_MIN_SCORES = 2**16
 
 
 def attention(
@@ -49,6 +53,8 @@ def attention(
   if backend == "auto":
     if not causal and splash_takes(query, key):
       kernels["tpu"] = splash
+    if not causal and by_head_takes(query, key):
+      kernels["cpu"] = by_head
     if cudnn_takes(query):
       kernels["cuda"] = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
   if not kernels:
@@ -73,34 +79,53 @@ def _flash_gpu() -> bool:
 
 def splash_takes(query: jax.Array, key: jax.Array) -> bool:
   """Is this long self-attention in bfloat16, its length in whole blocks and its batch in whole rows a device?"""
-  rows, length, _, size = query.shape
-  mesh = jax.typeof(query).sharding.mesh
+  _, length, _, size = query.shape
   return (
     query.dtype == jnp.bfloat16
     and size <= _MAX_HEAD
     and length == key.shape[1] >= _MIN_LENGTH
     and length % _BLOCKS[-1] == 0
-    and (mesh.empty or (mesh.axis_names == AXES and rows % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0))
+    and _splits_into_rows(query)
   )
+
+
+def by_head_takes(query: jax.Array, key: jax.Array) -> bool:
+  """Is this float32 with many scores a head, and its batch in whole rows a device?"""
+  return (
+    query.dtype == jnp.float32
+    and query.shape[-1] <= _MAX_HEAD
+    and query.shape[1] * key.shape[1] >= _MIN_SCORES
+    and _splits_into_rows(query)
+  )
+
+
+def _splits_into_rows(query: jax.Array) -> bool:
+  mesh = jax.typeof(query).sharding.mesh
+  shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES) if mesh.axis_names == AXES else 0
+  return mesh.empty or (shares > 0 and query.shape[0] % shares == 0)
+
+
+def _on_every_device(kernel: Callable[..., jax.Array], *inputs: jax.Array) -> jax.Array:
+  """Calls a kernel on each device's part of query, key and value.
+
+  The compiler can split neither a kernel nor a loop over devices, so the split is written down: rows over the batch
+  axes of the mesh that the inputs live on, heads over its tensor axis where it divides them.
+  """
+  mesh = jax.typeof(inputs[0]).sharding.mesh
+  if mesh.empty:
+    return kernel(*inputs)
+  spec = jax.P(BATCH_AXES, None, "tensor" if inputs[0].shape[2] % mesh.shape["tensor"] == 0 else None)
+  return jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*inputs)
 
 
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
   """Attention by the Pallas TPU kernel (jax.experimental.pallas.ops.tpu.splash_attention); shapes as in `attention`.
 
-  The compiler cannot split a kernel over devices, so the split is written down: rows over the batch axes of the mesh
-  that the inputs live on, heads over its tensor axis where it divides them.
-
   Args:
     query, key, value: [B, T, H, D]; T a multiple of 256.
     interpret: run as ordinary JAX operations, for tests without a TPU.
   """
-  heads = query.shape[2]
-  mesh = jax.typeof(query).sharding.mesh
-  if mesh.empty:
-    return _splash_on_one_device(query, key, value, interpret=interpret)
-  spec = jax.P(BATCH_AXES, None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
-  kernel = functools.partial(_splash_on_one_device, interpret=interpret)
-  return jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(query, key, value)
+  return _on_every_device(functools.partial(_splash_on_one_device, interpret=interpret), query, key, value)
 
 
 def _splash_on_one_device(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool) -> jax.Array:
@@ -123,6 +148,65 @@ def _splash_on_one_device(query: jax.Array, key: jax.Array, value: jax.Array, *,
   kernel = splash_attention.make_splash_mha(
     mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
   )
-  heads_first = lambda x: x.swapaxes(1, 2)  # noqa: E731
   query = query * size**-0.5  # the kernel does not scale
-  return heads_first(jax.vmap(kernel)(heads_first(query), heads_first(key), heads_first(value)))
+  return _heads_first(jax.vmap(kernel)(_heads_first(query), _heads_first(key), _heads_first(value)))
+
+
+def _heads_first(x: jax.Array) -> jax.Array:
+  """[B, T, H, D] to [B, H, T, D], and back."""
+  return x.swapaxes(1, 2)
+
+
+def by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """Attention, one head of one image at a time; shapes as in `attention`.
+
+  On a CPU the scores of a whole batch, 134 MB for 8 images, 4 heads and 1,024 tokens, cost far more to write and read
+  than to compute. Those of one head stay in the cache. The gradient computes them again, as flash attention does (Dao
+  et al. 2022, algorithm 4).
+  """
+  return _on_every_device(_by_head_on_one_device, query, key, value)
+
+
+def _by_head_on_one_device(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  rows, length, heads, size = query.shape
+  one_axis = lambda x: _heads_first(x).reshape(rows * heads, *x.shape[1::2])  # noqa: E731
+  out = _heads_in_turn(one_axis(query * size**-0.5), one_axis(key), one_axis(value))
+  return _heads_first(out.reshape(rows, heads, length, size))
+
+
+@jax.custom_vjp
+def _heads_in_turn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """softmax(query key^T) value for each of N heads: [N, T, D], [N, S, D], [N, S, D] -> [N, T, D]."""
+  return _heads_forward(query, key, value)[0]
+
+
+def _heads_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  def head(inputs):
+    query, key, value = inputs
+    scores = query @ key.T
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True)
+    return weights @ value / total, (largest + jnp.log(total))[:, 0]
+
+  out, log_totals = jax.lax.map(head, (query, key, value))
+  return out, (query, key, value, out, log_totals)
+
+
+def _heads_backward(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
+  """Gradients by query, key and value. Sums over queries multiply transposed scores, which are computed once more: a
+  CPU's matrix product along the first axis of a large matrix takes longer than that."""
+
+  def head(inputs):
+    query, key, value, out, log_totals, cotangent = inputs
+    shift = (out * cotangent).sum(-1)
+    weights = jnp.exp(query @ key.T - log_totals[:, None])
+    of_scores = weights * (cotangent @ value.T - shift[:, None])
+    weights_t = jnp.exp(key @ query.T - log_totals)
+    of_scores_t = weights_t * (value @ cotangent.T - shift)
+    return of_scores @ key, of_scores_t @ query, weights_t @ cotangent
+
+  return jax.lax.map(head, (*kept, cotangent))
+
+
+_heads_in_turn.defvjp(_heads_forward, _heads_backward)
