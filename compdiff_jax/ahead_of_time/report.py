@@ -20,8 +20,8 @@ from compdiff_jax.conditioning.schema import Schema
 _WANTED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)\)? (?:exceeds available|of [\d.]+[KMGT]? hbm)")
 _AVAILABLE = re.compile(r"(?:available HBM \(|of )([\d.]+)([KMGT]?)(?:\)| hbm)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# A call without which nothing is computed, to which the TPU compiler's estimate gives the time of -1 s.
-_COSTLESS_CALL = "ConcatBitcast"
+# Calls without which nothing is computed, to which the TPU compiler's estimate gives the time of -1 s.
+_COSTLESS_CALLS = ("ConcatBitcast", "ZeroCrop")
 
 
 def report(
@@ -144,7 +144,7 @@ def work(
     "kernel_flops": count_jaxpr(jaxpr, lowered, kernels_only=True) / devices,
     "bytes_accessed": float(costs["bytes accessed"]) * loops + kernel_bytes,
   }
-  seconds = costs.get("optimal_seconds", 0.0) + len(text.custom_calls(_COSTLESS_CALL))
+  seconds = costs.get("optimal_seconds", 0.0) + sum(len(text.custom_calls(target)) for target in _COSTLESS_CALLS)
   if figures is not None and seconds > 0:
     inside = max(found["kernel_flops"] / figures.flops, kernel_bytes / figures.hbm_bandwidth)
     found["estimated_seconds"] = float(seconds) * loops + inside

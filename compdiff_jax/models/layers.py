@@ -43,8 +43,8 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
     """All output features, or those of `columns` alone."""
     kernel = self.kernel[:, columns].astype(self.dtype)
-    # As one matrix: the gradient of a product with more axes transposes its cotangent, a copy that on a CPU takes longer
-    # than the product.
+    # As one matrix: the gradient of a product with more axes transposes its cotangent, which on a CPU takes longer than
+    # the product.
     rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
     y = (rows @ kernel).reshape(*x.shape[:-1], -1)
     return y if self.bias is None else y + self.bias[columns].astype(self.dtype)
