@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compdiff_jax.models.attention_backends import attention
-from compdiff_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm
+from compdiff_jax.models.layers import Conv, Dense, GroupNorm, LayerNorm, gelu
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
@@ -62,7 +62,7 @@ class GEGLU(nnx.Module):
     # largest activation of the network, to join the halves again.
     half = self.proj.kernel.shape[-1] // 2
     value, gate = self.proj(x, slice(half)), self.proj(x, slice(half, None))
-    return value * jax.nn.gelu(gate, approximate=False)
+    return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):
