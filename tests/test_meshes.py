@@ -173,7 +173,7 @@ def _assert_same(ours, theirs):
     # What was compared has moved, all of it, by much more than the tolerance.
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), getattr(expected, name), getattr(before, name))
     assert min(jax.tree.leaves(moved)) > 20 * _PARAMETER, moved
-  jax.tree.map(functools.partial(close, atol=1e-4), after.fairness, expected.fairness)
+  jax.tree.map(functools.partial(close, rtol=1e-5, atol=1e-4), after.fairness, expected.fairness)
 
 
 @pytest.mark.parametrize(
