@@ -270,7 +270,7 @@ def _plot_shares(path: Path, study: Study, methods: Sequence[str]) -> None:
 
 
 def _plot_held_out(path: Path, study: Study, methods: Sequence[str], held: Sequence[str]) -> None:
-  figure, axes = pyplot.subplots(figsize=(8, 4.5))
+  figure, axes = pyplot.subplots(figsize=(4 + 1.1 * len(held), 4.5))
   width = 0.8 / len(methods)
   for i, method in enumerate(methods):
     bars = [*(study.distance(method, cell) for cell in held), study.mean_distance(method, held)]

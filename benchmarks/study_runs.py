@@ -233,15 +233,16 @@ def _run_jobs(
     cores.put(core)
   runs = study.out / "runs"
   runs.mkdir(exist_ok=True)
+  settings = {"XLA_FLAGS": _XLA_FLAGS, "JAX_COMPILATION_CACHE_DIR": str(study.out / "compile_cache")}
+  settings |= {"JAX_PLATFORMS": "cpu"} if on_cpu else {}
 
   def run_one(job: str) -> tuple[str, int, float]:
     start, core = time.monotonic(), cores.get()
     command = [sys.executable, "-m", module, *argv, f"--job={job}"]
     if on_cpu and workers > 1:
       command.append(f"--core={core}")
-    environment = {"XLA_FLAGS": _XLA_FLAGS, **({"JAX_PLATFORMS": "cpu"} if on_cpu else {}), **os.environ}
     with (runs / f"{job.replace(':', '-')}.log").open("a") as file:
-      status = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode
+      status = subprocess.run(command, env=settings | os.environ, stdout=file, stderr=file, check=False).returncode
     cores.put(core)
     return job, status, time.monotonic() - start
 

@@ -44,13 +44,22 @@ def test_every_method_has_one_budget_and_one_order_of_data(tmp_path, attributes,
 
 
 def test_reference_is_balanced_and_has_one_image_a_patient(tmp_path):
-  phantom_study.write_reference(tmp_path / "reference", 1)
+  phantom_study.write_reference(tmp_path / "reference", seen=1, held_out=2)
   source = RecordSet(tmp_path / "reference").split("test")
   schema = RecordSet(tmp_path / "reference").schema
   records = [source[i] for i in range(len(source))]
   columns = {a.name: np.array([r["attributes"][a.name] for r in records], a.dtype) for a in schema}
-  assert [int(schema.in_cell(columns, cell).sum()) for cell in schema.cells()] == [1] * 32
-  assert len({r["patient"] for r in records}) == 32
+  sizes = {schema.cell_name(cell): int(schema.in_cell(columns, cell).sum()) for cell in schema.cells()}
+  assert sizes == {cell: 2 if cell in phantom_study.HELD_OUT else 1 for cell in sizes}
+  assert len({r["patient"] for r in records}) == len(records) == 40
+
+
+def test_held_out_cells_are_balanced_and_every_pair_stays_in_training():
+  held = [SCHEMA.parse_cell(text) for text in phantom_study.HELD_OUT]
+  seen = [cell for cell in SCHEMA.cells() if cell not in held]
+  for a, b in (("age", "sex"), ("age", "group"), ("sex", "group")):
+    assert len({(cell[a], cell[b]) for cell in seen}) == SCHEMA[a].num_levels * SCHEMA[b].num_levels
+    assert len({(cell[a], cell[b]) for cell in held}) == 8
 
 
 def test_figure_holds_both_kinds_of_uncertainty():
