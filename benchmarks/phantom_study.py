@@ -6,8 +6,8 @@
 The same command goes on where it stopped. It draws the data, trains one autoencoder that all methods share, trains and
 samples every method and seed, measures, and writes tables (Markdown and CSV), plots and a picture grid to --out.
 
-Real images to compare with are a population of their own, one a patient, with one number in every seen cell and a larger
-one in every held-out cell. So every cell can be judged. Each run samples exactly their texts and attributes.
+Real images to compare with are a population of their own, one a patient: a number in every seen cell, and a larger one
+in every held-out cell. So every cell can be judged. Each run samples exactly their texts and attributes.
 """
 
 import os
