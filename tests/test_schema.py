@@ -24,7 +24,6 @@ from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.records import RecordSet
 from compdiff_jax.evaluation import image_sets
-from compdiff_jax.interop.export_directory import write_export
 from compdiff_jax.sampling.gallery import grid_attributes
 from compdiff_jax.sampling.plan import balanced_plan, copied_plan, read_plan, write_plan
 from compdiff_jax.training.checks import warn_of_empty_levels
@@ -220,20 +219,6 @@ def test_levels_without_data_are_named(prepared, monkeypatch, capsys):
   warn_of_empty_levels([records, records])
   assert "no training image has sex=female;" in capsys.readouterr().err
   assert (prepared / "cells.csv").read_text().startswith("sex,train,val,test,total\n")
-
-
-def test_export_refuses_labels(tmp_path):
-  unused = dict.fromkeys(("unet_config", "unet_params", "vae_config", "vae_params", "text_config", "text_params"))
-  with pytest.raises(InputError, match="'findings' is multilabel, which the torch pipeline does not know"):
-    write_export(
-      tmp_path / "out",
-      **unused,
-      tokenizer_dir=tmp_path,
-      scheduler_config={},
-      conditioner=(HCNConfig(), {}, SCHEMA),
-      card={},
-    )
-  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The exported diffusers directory: loaded by diffusers itself, called as a user calls it, compared with JAX."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -124,6 +125,10 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
   assert change[0] > 0.05 and change[1] > 0.05 and change[2] < 1e-4
 
 
+FINDINGS = Attribute("findings", "multilabel", values=("Edema", "Effusion", "Fracture"))
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, Schema((*SCHEMA, FINDINGS))], ids=["no labels", "labels"])
 @pytest.mark.parametrize(
   "config",
   [
@@ -144,35 +149,61 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
     AdditiveConfig(("sex",), d_node=16, d_ctx=24, aux_hidden_dim=0),
   ],
 )
-def test_conditioner_equals_jax_with_wide_weights(config):
-  model, params = conditioner(config)
+def test_conditioner_equals_jax_with_wide_weights(config, schema):
+  model, params = conditioner(config, schema)
   torch_class = getattr(torch_conditioners, CONDITIONER_CLASSES[config.kind])
   fields = {name: value for name, value in config.to_dict().items() if name != "kind"}
-  theirs = torch_class(schema=SCHEMA.to_json(), **fields).eval()
+  theirs = torch_class(schema=schema.to_json(), **fields).eval()
   state = keys.to_torch(params)
   theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=True)
   values = {
     "age": [0, 17.99, "18", 39.9, 60, None, 100],
     "sex": ["male", None, "female", "male", "female", None, "male"],
     "race": ["white", "black", None, "hispanic", "asian", None, "white"],
+    "findings": ["Edema", "unmentioned", "Fracture=uncertain;Edema=negative", None, "Effusion", "", "Fracture"],
   }
+  values = {name: values[name] for name in schema.names}
   if not config.represents_unknown:  # all or nothing: row 1 becomes unknown, row 2 known
     values["age"][1] = values["race"][1] = None
     values["race"][2] = "asian"
+    if "findings" in values and not config.attributes:
+      values["findings"][1:4] = None, "Edema", "unmentioned"
   encoded = theirs.encode_batch(values, 7)
-  arrays = {name: np.asarray(encoded[name], SCHEMA[name].dtype) for name in encoded}
-  expected = {n: np.asarray([SCHEMA[n].encode(v) for v in values[n]], SCHEMA[n].dtype) for n in values}
+  arrays = {name: np.asarray(encoded[name], schema[name].dtype) for name in encoded}
+  expected = {n: np.asarray([schema[n].encode(v) for v in values[n]], schema[n].dtype) for n in values}
   for name in values:
     np.testing.assert_array_equal(arrays[name], expected[name])
   with torch.no_grad():
     conditional, unconditional = theirs(encoded), theirs(theirs.unknown(7))
   run = jax.jit(lambda params, attributes: model(params, attributes)[:2])
-  for (tokens, time_vector), attributes in ((conditional, expected), (unconditional, SCHEMA.unknown(7))):
+  for (tokens, time_vector), attributes in ((conditional, expected), (unconditional, schema.unknown(7))):
     ours = run(params, attributes)
     np.testing.assert_allclose(tokens, ours[0], atol=1e-4, rtol=1e-5)
     assert (time_vector is None) == (ours[1] is None)
     if time_vector is not None:
       np.testing.assert_allclose(time_vector, ours[1], atol=1e-4, rtol=1e-5)
+
+
+def test_export_with_labels(tmp_path, tokenizer_dir):
+  """Findings reach the picture through diffusers' own loader, and the card says how to write them."""
+  schema = Schema((*SCHEMA, FINDINGS))
+  config = dataclasses.replace(VARIANTS["nulls"][0], attributes=())
+  own = (config, conditioner(config, schema)[1], schema)
+  pipe = load(export(tmp_path / "out", tokenizer_dir, "nulls", conditioner=own))
+
+  def latents(**values):
+    generator = torch.Generator().manual_seed(0)
+    return pipe("x", age=50, num_inference_steps=1, output_type="latent", generator=generator, **values).images
+
+  edema = latents(findings="Edema")
+  assert torch.equal(edema, latents(findings="Edema=positive; Effusion=unmentioned"))
+  assert all((edema - latents(findings=other)).abs().max() > 1e-3 for other in ("Edema=negative", "unmentioned", None))
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "findings='Edema; Effusion=negative'" in card
+  assert "| findings | Edema, Effusion, Fracture, each negative, uncertain or positive | tokens |" in card
+  for wrong in ("Edem", "Edema=absent", "Edema; Edema", "Edema;"):
+    with pytest.raises(ValueError, match=f"findings='{wrong}' is not accepted: give labels such as"):
+      latents(findings=wrong)
 
 
 def test_prompts_equal_jax():

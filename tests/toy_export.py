@@ -85,8 +85,8 @@ text_encoder = Functional(lambda rngs: CLIPTextModel(TEXT, rngs=rngs))
 UNET_PARAMS, TEXT_PARAMS, VAE_PARAMS = random_params(unet, 1), random_params(text_encoder, 2), random_params(vae, 3)
 
 
-def conditioner(config: ConditionerConfig) -> tuple[Functional, dict[str, jax.Array]]:
-  model = Functional(lambda rngs: config.build(SCHEMA, rngs))
+def conditioner(config: ConditionerConfig, schema: Schema = SCHEMA) -> tuple[Functional, dict[str, jax.Array]]:
+  model = Functional(lambda rngs: config.build(schema, rngs))
   rng = np.random.default_rng(4)
   return model, {name: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32) for name, x in model.shapes.items()}
 

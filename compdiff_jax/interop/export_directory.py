@@ -82,10 +82,6 @@ def _check(schema: Schema, prompt_attributes: Sequence[str], tokenizer_dir: Path
       raise InputError(
         f"attribute {attribute.name!r} is also an argument of the torch pipeline; rename it in the schema"
       )
-    if attribute.kind == "multilabel":
-      raise InputError(
-        f"attribute {attribute.name!r} is multilabel, which the torch pipeline does not know; train without it"
-      )
   if not (tokenizer_dir / "vocab.json").exists() and not (tokenizer_dir / "tokenizer.json").exists():
     raise InputError(
       f"{tokenizer_dir} has neither vocab.json nor tokenizer.json; give the directory of a CLIP tokenizer"

@@ -19,10 +19,15 @@ are labels of the training data; what the model draws for them is an association
 def _describe(attribute: Attribute) -> str:
   if attribute.kind == "categorical":
     return ", ".join(attribute.values)
+  if attribute.kind == "multilabel":
+    return f"{', '.join(attribute.values)}, each negative, uncertain or positive"
   return f"{attribute.low:g} to {attribute.high:g} {attribute.unit}".rstrip()
 
 
 def _example(attribute: Attribute) -> str:
+  if attribute.kind == "multilabel":
+    first, *rest = attribute.values
+    return repr("; ".join([first, *(f"{label}=negative" for label in rest[:1])]))
   value = attribute.representative(attribute.num_levels - 1)
   return repr(attribute.values[value]) if attribute.kind == "categorical" else f"{value:g}"
 

@@ -13,6 +13,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 _UNKNOWN_TEXTS = ("", "unknown", "nan", "none", "na", "n/a")
+# What can be said of a label. The index of a state is its place among the label's rows of a table.
+_STATES = ("unmentioned", "negative", "uncertain", "positive")
 
 
 def _block(d_in, d_hidden, d_out):
@@ -33,6 +35,11 @@ class _Composer(nn.Module):
 
 def _number_encoder(num_features, d_out):
   return nn.Sequential(nn.Linear(num_features, d_out), nn.SiLU(), nn.Linear(d_out, d_out))
+
+
+def _sum_rows(table, rows):
+  """Table [N, d] and rows [B, k] to [B, d]: their sum over sqrt(k); some vector where a row is -1."""
+  return table[rows.clamp(min=0)].sum(dim=1) / math.sqrt(rows.shape[1])
 
 
 def _projection(d_in, d_out):
@@ -65,37 +72,53 @@ class _Conditioner(ModelMixin, ConfigMixin):
     self.schema = {attribute["name"]: attribute for attribute in schema}
     self.names = [name for name in self.schema if name in attributes or not attributes]
 
-  def _is_categorical(self, name):
-    return self.schema[name]["kind"] == "categorical"
+  def _kind(self, name):
+    return self.schema[name]["kind"]
 
   def _num_levels(self, name):
+    """Categories or bins; labels have none, so they form no cells."""
     attribute = self.schema[name]
-    return len(attribute["values"]) if self._is_categorical(name) else len(attribute["bins"]) + 1
+    return len(attribute["bins"]) + 1 if self._kind(name) == "continuous" else len(attribute["values"])
+
+  def _num_rows(self, name):
+    """Rows of an attribute's table and outputs of its classifier: one a level, or one for each state of each label."""
+    return self._num_levels(name) * (len(_STATES) if self._kind(name) == "multilabel" else 1)
 
   def describe(self, name):
     """The values an attribute accepts, in words."""
     attribute = self.schema[name]
-    if self._is_categorical(name):
-      return f"one of {', '.join(attribute['values'])}, or None for unknown"
-    unit = f" {attribute['unit']}" if attribute["unit"] else ""
-    return f"a number from {attribute['low']:g} to {attribute['high']:g}{unit}, or None for unknown"
+    if self._kind(name) == "continuous":
+      unit = f" {attribute['unit']}" if attribute["unit"] else ""
+      return f"a number from {attribute['low']:g} to {attribute['high']:g}{unit}, or None for unknown"
+    values = ", ".join(attribute["values"])
+    if self._kind(name) == "categorical":
+      return f"one of {values}, or None for unknown"
+    return f"labels such as 'A; B=negative; C=uncertain' out of {values}, 'unmentioned', or None for unknown"
 
   def encode(self, name, value):
-    """One value as a category index or a number; -1 or NaN stand for unknown. `ValueError` for any other value."""
-    attribute = self.schema[name]
-    categorical = self._is_categorical(name)
+    """One value as a category index, a number or the state of each label. `ValueError` for a value not accepted.
+
+    Unknown is -1, NaN, or -1 for each label.
+    """
+    attribute, kind = self.schema[name], self._kind(name)
     text = "" if value is None else str(value).strip()
     if text.lower() in _UNKNOWN_TEXTS:
-      return -1 if categorical else math.nan
-    if categorical and text in attribute["values"]:
+      return {"categorical": -1, "continuous": math.nan, "multilabel": (-1,) * len(attribute.get("values", ()))}[kind]
+    if kind == "categorical" and text in attribute["values"]:
       return attribute["values"].index(text)
-    if not categorical and not isinstance(value, bool):
+    if kind == "continuous" and not isinstance(value, bool):
       try:
         number = float(value)
       except (TypeError, ValueError):
         number = math.nan
       if attribute["low"] <= number <= attribute["high"]:
         return number
+    if kind == "multilabel":
+      said = [[piece.strip() for piece in part.partition("=")] for part in text.split(";") if text != _STATES[0]]
+      states = {label: state or "positive" for label, _, state in said}
+      allowed = states.keys() <= set(attribute["values"]) and set(states.values()) <= set(_STATES)
+      if allowed and len(states) == len(said):  # no label twice
+        return tuple(_STATES.index(states.get(label, _STATES[0])) for label in attribute["values"])
     raise ValueError(f"{name}={value!r} is not accepted: give {self.describe(name)}")
 
   @staticmethod
@@ -104,7 +127,8 @@ class _Conditioner(ModelMixin, ConfigMixin):
     return isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) > 0
 
   def is_known(self, name, encoded):
-    return encoded >= 0 if self._is_categorical(name) else encoded == encoded
+    first = encoded[0] if self._kind(name) == "multilabel" else encoded
+    return first >= 0  # NaN is not
 
   def encode_batch(self, values, batch):
     """User values {name: scalar or list} to encoded lists {name: [batch]} of every attribute of the schema.
@@ -136,21 +160,26 @@ class _Conditioner(ModelMixin, ConfigMixin):
       attribute, value = self.schema[name], encoded[name]
       if not self.is_known(name, value):
         continue
-      if self._is_categorical(name):
+      if self._kind(name) == "categorical":
         phrases.append(attribute["values"][value])
       else:
         years = attribute["unit"] == "year"
         phrases.append(f"{value:.0f} year old" if years else f"{value:g} {attribute['unit']}")
     return f"{' '.join(phrases)}. {text}" if phrases else text
 
-  def _levels(self, name, encoded):
-    """Category or bin index of encoded values, int64 [B]; -1 where unknown."""
-    if self._is_categorical(name):
-      return torch.tensor(encoded, dtype=torch.int64, device=self.device)
-    values = self._numbers(encoded)
-    edges = torch.tensor(self.schema[name]["bins"], dtype=torch.float32, device=self.device)
-    level = torch.searchsorted(edges, torch.nan_to_num(values), right=True)
-    return torch.where(torch.isnan(values), -1, level)
+  def _rows(self, name, encoded):
+    """The rows of a table that make up encoded values, int64 [B, k]; -1 where unknown.
+
+    One a sample, its category or bin; of labels one for each, its state.
+    """
+    if self._kind(name) == "continuous":
+      values = self._numbers(encoded)
+      edges = torch.tensor(self.schema[name]["bins"], dtype=torch.float32, device=self.device)
+      level = torch.searchsorted(edges, torch.nan_to_num(values), right=True)
+      return torch.where(torch.isnan(values), -1, level)[:, None]
+    rows = torch.tensor(encoded, dtype=torch.int64, device=self.device).reshape(len(encoded), -1)
+    first = len(_STATES) * torch.arange(rows.shape[1], device=self.device)  # 0 for the one row of a category
+    return torch.where(rows >= 0, first + rows, -1)
 
   def _numbers(self, encoded):
     # float32 whatever the weights are: 59.99 years must not become 60.
@@ -165,21 +194,22 @@ class _Conditioner(ModelMixin, ConfigMixin):
 
   def _add_tables(self, d_node):
     for name in self.names:
-      setattr(self, f"emb_{name}", nn.Embedding(self._num_levels(name), d_node))
+      setattr(self, f"emb_{name}", nn.Embedding(self._num_rows(name), d_node))
       if self.represents_unknown:
         setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
 
-  def _embed_levels(self, encoded, ordinal=False):
-    """{name: [B, d]}, each row of a table or the null; and bool [B], where a sample has a representation."""
+  def _embed_rows(self, encoded, ordinal=False):
+    """{name: [B, d]} from rows of a table or the null; and bool [B], where a sample has a representation."""
     embeddings, known = {}, []
     for name in self.names:
-      level = self._levels(name, encoded[name])
-      known.append((level >= 0) | self.represents_unknown)
+      rows = self._rows(name, encoded[name])
+      own = rows[:, 0] >= 0
+      known.append(own | self.represents_unknown)
       table = getattr(self, f"emb_{name}").weight
-      table = table.cumsum(dim=0) if ordinal and not self._is_categorical(name) else table
-      embeddings[name] = table[level.clamp(min=0)]
+      table = table.cumsum(dim=0) if ordinal and self._kind(name) == "continuous" else table
+      embeddings[name] = _sum_rows(table, rows)
       if self.represents_unknown:
-        embeddings[name] = torch.where((level >= 0)[:, None], embeddings[name], getattr(self, f"null_{name}"))
+        embeddings[name] = torch.where(own[:, None], embeddings[name], getattr(self, f"null_{name}"))
     return embeddings, torch.stack(known).all(dim=0)
 
   def _add_pairs(self, d_node):
@@ -208,8 +238,8 @@ class HierarchicalConditioner(_Conditioner):
   """HCN: an embedding for each attribute, a node for each pair of attributes, one latent, one token.
 
   Args:
-    schema: the attributes, in order: {"name", "kind": "categorical", "values"} or {"name", "kind": "continuous", "low",
-      "high", "bins", "unit"}.
+    schema: the attributes, in order: {"name", "kind": "categorical" or "multilabel", "values"} or {"name", "kind":
+      "continuous", "low", "high", "bins", "unit"}.
     attributes: names the network uses; empty means all. Others may still be put in front of the prompt.
     d_node, d_ctx: widths of the nodes and of the text encoder's hidden states.
     dropout: rate used in training, kept for the record.
@@ -244,14 +274,14 @@ class HierarchicalConditioner(_Conditioner):
     self._add_pairs(d_node)
     if aux_hidden_dim:
       for name in self.names:
-        setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, self._num_levels(name)))
+        setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, self._num_rows(name)))
     if use_uncertainty:
       self.mu_head, self.logsigma_head = nn.Linear(d_node, d_node), nn.Linear(d_node, d_node)
     self.proj_ctx = _projection(d_node, d_ctx)
 
   def forward(self, encoded):
     """Encoded lists {name: [B]} to tokens [B, 1, d_ctx] (zeros where unknown values have no learned null), and None."""
-    embeddings, known = self._embed_levels(encoded, self.config.ordinal_encoder)
+    embeddings, known = self._embed_rows(encoded, self.config.ordinal_encoder)
     h = self._compose_pairs(embeddings)
     token = self.proj_ctx(self.mu_head(h) if self.config.use_uncertainty else h)
     return torch.where(known[:, None], token, 0)[:, None], None
@@ -302,21 +332,22 @@ class TypedConditioner(_Conditioner):
     self._read_schema(schema, attributes)
     width = len(self.names) * d_node
     for name in self.names:
-      categorical = self._is_categorical(name)
-      if categorical:
-        setattr(self, f"emb_{name}", nn.Embedding(self._num_levels(name), d_node))
-      else:
+      number = self._kind(name) == "continuous"
+      if number:
         setattr(self, f"{name}_encoder", _number_encoder(freq_dim, d_node))
+      else:
+        setattr(self, f"emb_{name}", nn.Embedding(self._num_rows(name), d_node))
       setattr(self, f"null_{name}", nn.Parameter(torch.zeros(d_node)))
       if multi_token:
         setattr(self, f"proj_{name}", _projection(d_node, d_ctx))
       if multi_token and composer == "hierarchical":
         setattr(self, f"ctx_{name}", _Composer(2 * d_node, 2 * d_node, d_node))
       if aux_hidden_dim:
-        head = f"{name}_{'classifier' if categorical else 'regressor'}"
-        setattr(self, head, _block(d_ctx, aux_hidden_dim, self._num_levels(name) if categorical else 1))
-    if aux_hidden_dim:
-      self.joint_classifier = _block(d_ctx, aux_hidden_dim, math.prod(map(self._num_levels, self.names)))
+        head = f"{name}_{'regressor' if number else 'classifier'}"
+        setattr(self, head, _block(d_ctx, aux_hidden_dim, 1 if number else self._num_rows(name)))
+    levels = [self._num_levels(name) for name in self.names if self._kind(name) != "multilabel"]
+    if aux_hidden_dim and levels:
+      self.joint_classifier = _block(d_ctx, aux_hidden_dim, math.prod(levels))
     if composer == "hierarchical":
       self._add_pairs(d_node)
     elif composer == "flat":
@@ -343,12 +374,12 @@ class TypedConditioner(_Conditioner):
       self.film = _Film(d_node, film_hidden, film_channels)
 
   def _embed(self, name, encoded):
-    level = self._levels(name, encoded)
-    if self._is_categorical(name):
-      embedding = getattr(self, f"emb_{name}")(level.clamp(min=0))
-    else:
+    rows = self._rows(name, encoded)
+    if self._kind(name) == "continuous":
       embedding = self._encode_number(getattr(self, f"{name}_encoder"), encoded)
-    return torch.where((level >= 0)[:, None], embedding, getattr(self, f"null_{name}"))
+    else:
+      embedding = _sum_rows(getattr(self, f"emb_{name}").weight, rows)
+    return torch.where(rows[:, :1] >= 0, embedding, getattr(self, f"null_{name}"))
 
   def _compose(self, embeddings):
     """{name: [B, d]} to the whole [B, d], {name: context [B, d]} and the registers [B, R, d] (None: learned ones)."""
@@ -374,7 +405,7 @@ class TypedConditioner(_Conditioner):
 
   def _conditioned(self, encoded):
     """bool [B]: where the sample is not one of which nothing is known and that gets zeros."""
-    known = torch.stack([self._levels(name, encoded[name]) >= 0 for name in self.names]).any(dim=0)
+    known = torch.stack([self._rows(name, encoded[name])[:, 0] >= 0 for name in self.names]).any(dim=0)
     return known | (self.config.unconditional != "zeros")
 
   def modulation(self, encoded):
@@ -428,11 +459,11 @@ class FlatConditioner(_Conditioner):
     self.represents_unknown = unconditional == "nulls"
     self._add_tables(d_node)
     for name in self.names:
-      levels = self._num_levels(name)
+      outputs = self._num_rows(name)
       if mode == "separate":
         setattr(self, f"proj_{name}", nn.Linear(d_node, d_ctx))
       if heads != "none":
-        head = nn.Linear(d_ctx, levels) if heads == "shallow" else _block(d_ctx, aux_hidden_dim, levels)
+        head = nn.Linear(d_ctx, outputs) if heads == "shallow" else _block(d_ctx, aux_hidden_dim, outputs)
         setattr(self, f"cls_{name}", head)
     if mode == "single":
       width = 2 * d_node
@@ -442,7 +473,7 @@ class FlatConditioner(_Conditioner):
 
   def forward(self, encoded):
     """Encoded lists {name: [B]} to tokens [B, T, d_ctx] (zeros where unknown values have no learned null), and None."""
-    embeddings, known = self._embed_levels(encoded)
+    embeddings, known = self._embed_rows(encoded)
     if self.config.mode == "single":
       tokens = self.fusion(torch.cat(list(embeddings.values()), dim=-1))[:, None]
     else:
@@ -476,25 +507,25 @@ class AdditiveConditioner(_Conditioner):
     self._read_schema(schema, attributes)
     self.base = nn.Parameter(torch.zeros(d_node))
     for name in self.names:
-      levels = self._num_levels(name)
-      effect = nn.Embedding(levels, d_node) if self._is_categorical(name) else _number_encoder(freq_dim, d_node)
-      setattr(self, f"effect_{name}", effect)
+      rows, number = self._num_rows(name), self._kind(name) == "continuous"
+      setattr(self, f"effect_{name}", _number_encoder(freq_dim, d_node) if number else nn.Embedding(rows, d_node))
       if aux_hidden_dim:
-        setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, levels))
+        setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, rows))
     for a, b in itertools.combinations(self.names, 2):
-      setattr(self, f"interaction_{a}_{b}", nn.Embedding(self._num_levels(a) * self._num_levels(b), d_node))
+      setattr(self, f"interaction_{a}_{b}", nn.Embedding(self._num_rows(a) * self._num_rows(b), d_node))
     self.proj_ctx = nn.Linear(d_node, d_ctx)
 
   def forward(self, encoded):
     """Encoded lists {name: [B]} to tokens [B, 1, d_ctx], and None. An unknown value adds nothing."""
-    levels = {name: self._levels(name, encoded[name]) for name in self.names}
+    rows = {name: self._rows(name, encoded[name]) for name in self.names}
+    known = {name: own[:, :1] >= 0 for name, own in rows.items()}
     node = self.base
-    for name, level in levels.items():
-      effect, categorical = getattr(self, f"effect_{name}"), self._is_categorical(name)
-      vectors = effect(level.clamp(min=0)) if categorical else self._encode_number(effect, encoded[name])
-      node = node + torch.where((level >= 0)[:, None], vectors, 0)
+    for name, own in rows.items():
+      effect, number = getattr(self, f"effect_{name}"), self._kind(name) == "continuous"
+      vectors = self._encode_number(effect, encoded[name]) if number else _sum_rows(effect.weight, own)
+      node = node + torch.where(known[name], vectors, 0)
     for a, b in itertools.combinations(self.names, 2):
-      row = (levels[a] * self._num_levels(b) + levels[b]).clamp(min=0)
-      known = (levels[a] >= 0) & (levels[b] >= 0)
-      node = node + torch.where(known[:, None], getattr(self, f"interaction_{a}_{b}")(row), 0)
+      pairs = (rows[a][:, :, None] * self._num_rows(b) + rows[b][:, None, :]).flatten(1)
+      vectors = _sum_rows(getattr(self, f"interaction_{a}_{b}").weight, pairs)
+      node = node + torch.where(known[a] & known[b], vectors, 0)
     return self.proj_ctx(node)[:, None], None
