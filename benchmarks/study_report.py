@@ -263,6 +263,7 @@ def _plot_shares(path: Path, study: Study, methods: Sequence[str]) -> None:
     slope, start = np.polyfit(np.log(shares), values, 1)
     axes.scatter(shares, values, s=14, color=_colour(method), alpha=0.6)
     axes.plot(shares, start + slope * np.log(shares), color=_colour(method), label=LABELS[method])
+  axes.set_yscale("symlog", linthresh=1)  # an unbiased KID may be negative
   axes.set(xscale="log", xlabel="share of training images in the cell (%)", ylabel="KID to real images of the cell")
   axes.legend(frameon=False, fontsize=8)
   figure.savefig(path, dpi=130, bbox_inches="tight")

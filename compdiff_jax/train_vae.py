@@ -100,14 +100,15 @@ def main(argv: list[str]) -> None:
 
   # ---- Scaling factor, weights, pictures
   _, _, spread = reconstruct(vae, params, record_set, "train", config.data.image_size)
-  originals, reconstructions, _ = reconstruct(vae, params, record_set, "val", config.data.image_size)
+  shown = "val" if record_set.splits.get("val") else "train"  # small data sets may have no validation split
+  originals, reconstructions, _ = reconstruct(vae, params, record_set, shown, config.data.image_size)
   vae_config = dataclasses.replace(vae_config, scaling_factor=round(1.0 / spread, 5))
   error = float(np.abs(originals.astype(np.float32) - reconstructions).mean())
   report = {
     **values,
     "steps": settings.steps,
     "scaling_factor": vae_config.scaling_factor,
-    "val_error_grey_levels": error,
+    f"{shown}_error_grey_levels": error,
   }
   with cli.whole_directory(out) as directory, cli.writing(out):
     save_component(directory, vae_config.to_dict(), params, "AutoencoderKL")
