@@ -63,6 +63,12 @@ def test_asynchronous_and_slice_crossing_forms():
   %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
   %rs = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
 }
+%started (q: bf16[4]) -> bf16[8] {
+  ROOT %ag.1 = bf16[8]{0} all-gather(%q), replica_groups={{0,1}}, frontend_attributes={chain_id="7"}
+}
+%finished (q: bf16[4]) -> bf16[8] {
+  ROOT %ag.2 = bf16[8]{0:S(1)} all-gather(%q), replica_groups={{0,1}}, frontend_attributes={chain_id="7"}
+}
 %condition (p: (s32[], f32[8])) -> pred[] {
   %limit.1 = s32[]{:T(128)} constant(5)
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit.1), direction=LT
@@ -73,6 +79,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %r = f32[4] all-reduce(%x), replica_groups=mesh['a'=4,'b'=6] {'a':(1)2,'b'}, to_apply=%add
   %s = (f32[64]{0}, u32[], token[]) send(%b), frontend_attributes={_handler_name="xla_megascale_runtime"}
   %t = (f32[64]{0}, u32[], token[]) send(%b), is_host_transfer=true
+  %a = bf16[8] fusion(%w), kind=kCustom, calls=%started
+  %z = bf16[8] fusion(%a), kind=kCustom, calls=%finished
 }
 """
   assert [tuple(one) for one in Program(text).collectives()] == [
@@ -82,6 +90,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("reduce-scatter", 32, 5, False, 4),
     ("all-reduce", 16, 1, False, 12),
     ("send", 256, 1, True, 1),
+    ("all-gather", 16, 1, False, 2),  # one that runs beside other work
   ]
 
 

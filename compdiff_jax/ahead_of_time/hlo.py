@@ -14,6 +14,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _LIMIT = re.compile(r"= s(?:32|64)\[\][^ ]* constant\((\d+)\)")
 # Between slices a TPU program sends through the host.
 _BETWEEN_SLICES = "xla_megascale"
@@ -68,9 +69,17 @@ class Program:
     self._sizes = {found[1]: _shape_bytes(found[2]) for found in lines if found}
 
   def collectives(self) -> list[Collective]:
-    found = []
+    """Every collective once.
+
+    One that runs beside other work is a chain of fusions to the TPU compiler, of which each names the whole collective.
+    """
+    found, chains = [], set()
     for line, (_, shape, opcode, _), times in self._instructions((*_CALLERS, "fusion")):
-      operation = _COLLECTIVE.fullmatch(opcode)
+      operation, chain = _COLLECTIVE.fullmatch(opcode), _CHAIN.search(line)
+      if operation and chain:
+        if chain[1] in chains:
+          continue
+        chains.add(chain[1])
       if operation and (operation[1] != "send" or _BETWEEN_SLICES in line):
         kind = operation[1]
         size = _collective_bytes(shape, kind, bool(operation[2]), line)
