@@ -69,6 +69,10 @@ def test_asynchronous_and_slice_crossing_forms():
 %finished (q: bf16[4]) -> bf16[8] {
   ROOT %ag.2 = bf16[8]{0:S(1)} all-gather(%q), replica_groups={{0,1}}, frontend_attributes={chain_id="7"}
 }
+%kept (x: bf16[8]) -> bf16[2] {
+  %ar = bf16[8]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = bf16[2]{0:T(8)} dynamic-slice(%ar, %offset), dynamic_slice_sizes={2}
+}
 %condition (p: (s32[], f32[8])) -> pred[] {
   %limit.1 = s32[]{:T(128)} constant(5)
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit.1), direction=LT
@@ -81,6 +85,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %t = (f32[64]{0}, u32[], token[]) send(%b), is_host_transfer=true
   %a = bf16[8] fusion(%w), kind=kCustom, calls=%started
   %z = bf16[8] fusion(%a), kind=kCustom, calls=%finished
+  %k = bf16[2] fusion(%z), kind=kCustom, calls=%kept
 }
 """
   assert [tuple(one) for one in Program(text).collectives()] == [
@@ -91,6 +96,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("all-reduce", 16, 1, False, 12),
     ("send", 256, 1, True, 1),
     ("all-gather", 16, 1, False, 2),  # one that runs beside other work
+    ("reduce-scatter", 16, 1, False, 4),  # a sum of which a device keeps its part
   ]
 
 

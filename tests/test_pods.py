@@ -27,10 +27,10 @@ def _ring(size, members):
 def test_traffic(chips, slices, fsdp):
   """Gathering passes every part around the ring once, and summing is scattering (the same in reverse) and gathering."""
   ici, dcn = pods.traffic(chips, slices, fsdp, parameters=1000)
-  state = _ring(4000, fsdp) * 3
-  copies = 2 * _ring(4000 / fsdp, chips // fsdp)
+  state = _ring(2000, fsdp) * 3
+  copies = 2 * _ring(2000 / fsdp, chips // fsdp)
   assert ici == pytest.approx(state + copies)
-  assert dcn == pytest.approx(2 * _ring(4000 / chips, slices))
+  assert dcn == pytest.approx(2 * _ring(2000 / chips, slices))
 
 
 def test_constants_are_those_of_the_config(tmp_path, monkeypatch):

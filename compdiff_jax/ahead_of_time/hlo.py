@@ -67,6 +67,9 @@ class Program:
         self._bodies[name].append(line)
     lines = (_INSTRUCTION.match(line) for body in self._bodies.values() for line in body)
     self._sizes = {found[1]: _shape_bytes(found[2]) for found in lines if found}
+    # A sum of which a device keeps its part: how the TPU compiler writes a reduce-scatter.
+    roots = (_INSTRUCTION.match(line) for body in self._bodies.values() for line in body if "ROOT" in line)
+    self._scattered = {root[4].split(",")[0].split("%")[-1] for root in roots if root and root[3] == "dynamic-slice"}
 
   def collectives(self) -> list[Collective]:
     """Every collective once.
@@ -74,7 +77,7 @@ class Program:
     One that runs beside other work is a chain of fusions to the TPU compiler, of which each names the whole collective.
     """
     found, chains = [], set()
-    for line, (_, shape, opcode, _), times in self._instructions((*_CALLERS, "fusion")):
+    for line, (name, shape, opcode, _), times in self._instructions((*_CALLERS, "fusion")):
       operation, chain = _COLLECTIVE.fullmatch(opcode), _CHAIN.search(line)
       if operation and chain:
         if chain[1] in chains:
@@ -83,6 +86,7 @@ class Program:
       if operation and (operation[1] != "send" or _BETWEEN_SLICES in line):
         kind = operation[1]
         size = _collective_bytes(shape, kind, bool(operation[2]), line)
+        kind = "reduce-scatter" if kind == "all-reduce" and name in self._scattered else kind
         found.append(Collective(kind, size, times, kind == "send", _group_size(line)))
     return found
 
