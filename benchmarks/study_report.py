@@ -241,8 +241,8 @@ def _margins(study: Study, methods: Sequence[str], held: Sequence[str]) -> str:
         disjoint = "disjoint" if ours.hi < theirs.lo or theirs.hi < ours.lo else "overlapping"
         change = (theirs.mean - ours.mean) / theirs.mean
         lines.append(
-          f"- CompDiff against {LABELS[other]}, {where}: {ours.interval()} against {theirs.interval()}, {abs(change):.0%}"
-          f" {'lower' if change > 0 else 'higher'}; intervals {disjoint}. Difference on the same images:"
+          f"- CompDiff against {LABELS[other]}, {where}: {ours.interval()} against {theirs.interval()},"
+          f" {abs(change):.0%} {'lower' if change > 0 else 'higher'}; intervals {disjoint}. Difference on the same images:"
           f" {study.difference('compdiff', other, cells).interval()}."
         )
   return "\n".join(lines)

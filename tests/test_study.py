@@ -117,9 +117,9 @@ def test_tables_and_margins(tmp_path, monkeypatch):
   budget = dataclasses.replace(phantom_study.BUDGETS["quick"], seeds=(42, 43))
   study_report.write(tmp_path, _RESULTS, ["baseline", "compdiff"], budget, "Toy", 60)
   text = (tmp_path / "tables.md").read_text()
-  assert "seen cells: 13 (10.7 to 15.3) against 21 (18.7 to 23.3), +38% lower; intervals disjoint" in text
+  assert "seen cells: 13 (10.7 to 15.3) against 21 (18.7 to 23.3), 38% lower; intervals disjoint" in text
   assert text.count("Difference on the same images: -8 (-8 to -8)") == 2  # what seeds and images share cancels
-  assert "held-out cells: 33 (30.2 to 35.8) against 41 (38.2 to 43.8), +20% lower; intervals disjoint" in text
+  assert "held-out cells: 33 (30.2 to 35.8) against 41 (38.2 to 43.8), 20% lower; intervals disjoint" in text
   with open(tmp_path / "table2.csv", newline="") as file:
     rows = list(csv.reader(file))
   assert rows[1] == [_CELLS[0], "60.0%", "11 ± 1.41", "3 ± 1.41"] and len(rows) == 4
