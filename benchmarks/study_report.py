@@ -242,8 +242,8 @@ def _margins(study: Study, methods: Sequence[str], held: Sequence[str]) -> str:
         change = (theirs.mean - ours.mean) / theirs.mean
         lines.append(
           f"- CompDiff against {LABELS[other]}, {where}: {ours.interval()} against {theirs.interval()},"
-          f" {abs(change):.0%} {'lower' if change > 0 else 'higher'}; intervals {disjoint}. Difference on the same images:"
-          f" {study.difference('compdiff', other, cells).interval()}."
+          f" {abs(change):.0%} {'lower' if change > 0 else 'higher'}; intervals {disjoint}."
+          f" Difference on the same images: {study.difference('compdiff', other, cells).interval()}."
         )
   return "\n".join(lines)
 
