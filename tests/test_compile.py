@@ -377,8 +377,11 @@ def _compile(workspace, *options):
 @_TPU
 def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path):
   """The gradients are what crosses the slower network."""
+  # Wide enough that the compiler hardly pads: it sends tiles of 8 x 128.
+  widths = {"text_encoder.hidden_size": 128, "conditioner.d_ctx": 128, "unet.cross_attention_dim": 128}
+  widths["unet.block_out_channels"] = (256,)
   options = ["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=4", f"--out={tmp_path / 'report.json'}"]
-  done = _compile(workspace, *options)
+  done = _compile(workspace, *options, *(f"--config.{name}={value}" for name, value in widths.items()))
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / "report.json").read_text())
   assert facts["devices"] == 8 and facts["slices"] == 2 and facts["device_kind"] == "TPU v5 lite"
@@ -390,7 +393,7 @@ def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path)
   assert {row["network"] for row in facts["collectives"]} == {"ICI", "DCN"}
   crossing = sum(row["sent_bytes"] for row in facts["collectives"] if row["network"] == "DCN")
   # Each chip sends its quarter of the gradients to the other slice, and metrics.
-  assert 0 < crossing < 2 * facts["memory"]["gradients"]
+  assert 1 < crossing / facts["memory"]["gradients"] < 1.05
 
 
 @_TPU
