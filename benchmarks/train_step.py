@@ -63,7 +63,7 @@ def ours(options: argparse.Namespace) -> Calls:
 
   def train() -> float:
     nonlocal state
-    state, metrics = step(state, frozen, fed)
+    state, metrics = step(state, frozen, fed, 0)
     return float(metrics["loss"])
 
   unet = jax.jit(model.unet.__call__)

@@ -31,6 +31,7 @@ from compdiff_jax.training.checks import (
   check_finite,
   check_intervals,
   check_metric,
+  check_seed,
   out_of_memory_advice,
   warn_of_empty_levels,
 )
@@ -65,6 +66,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   """Trains in `args.workdir`, from its latest checkpoint on; returns whether the last step was reached."""
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
+  check_seed(config.seed)
   profiled = parse_profile(args.profile, config.train.steps)
   sets = open_training_sets(config.data)
   schema = sets[0][0].schema
@@ -185,13 +187,13 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       batch = clock.next(batches)
       if step == start + 1:
         inputs = "images" if "images" in batch else "moments"
-        clock.flops = model_flops(config, schema, inputs, traced=step_fn.trace(state, frozen, batch))
-        distributed.compile_together(step_fn, state, frozen, batch)
+        clock.flops = model_flops(config, schema, inputs, traced=step_fn.trace(state, frozen, batch, config.seed))
+        distributed.compile_together(step_fn, state, frozen, batch, config.seed)
       with out_of_memory_advice(config), jax.profiler.StepTraceAnnotation("train", step_num=step):
-        state, metrics = step_fn(state, frozen, batch)
+        state, metrics = step_fn(state, frozen, batch, config.seed)
         clock.started(metrics)
       if fairness is not None and fairness.due(step - 1):
-        state = state._replace(fairness=fairness.search(state.fairness, step - 1))
+        state = state._replace(fairness=fairness.search(state.fairness, config.seed, step - 1))
       pending.append(metrics)
       report = step % config.logging.log_every == 0 or step == final
       ending = step == final or preemption.reached(step)

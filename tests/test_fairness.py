@@ -98,7 +98,7 @@ def test_sigma_explores_and_the_history_grows():
   for step in range(5):
     before = np.asarray(state.sigma)
     assert fairness.due(step) == (step == 4)
-    state, metrics = fairness.advance(state, means, counts, jnp.int32(step))
+    state, metrics = fairness.advance(state, means, counts, 0, jnp.int32(step))
     assert float(metrics["fair_loss_gap"]) == 2.5
     assert float(metrics["fair_sigma_mean"]) == pytest.approx(before.mean())
     assert float(metrics["fair_sigma_std"]) == pytest.approx(before.std(), abs=1e-7)
@@ -118,24 +118,24 @@ def _history(fairness, optimum):
 def test_search_moves_sigma_to_the_small_gap_and_clears_the_history():
   fairness = _fairness(exploitation=1.0)  # no exploration on top
   state = _history(fairness, (0.2, 0.8))
-  found = fairness.search(state, 30)
+  found = fairness.search(state, 0, 30)
   np.testing.assert_allclose(found.sigma[:2], (0.2, 0.8), atol=0.1)
   assert int(found.count) == 0 and not np.any(found.gaps) and not np.any(found.sigmas)
-  again = fairness.search(state, 30)
+  again = fairness.search(state, 0, 30)
   np.testing.assert_array_equal(found.sigma, again.sigma)
 
 
 def test_sigma_goes_on_when_no_process_can_be_fitted(monkeypatch):
   fairness = _fairness()
   state = _history(fairness, (0.2, 0.8))
-  bad = fairness.search(state._replace(gaps=state.gaps.at[3].set(jnp.nan)), 30)
+  bad = fairness.search(state._replace(gaps=state.gaps.at[3].set(jnp.nan)), 0, 30)
   np.testing.assert_array_equal(bad.sigma, state.sigma)
 
   def singular(*_):
     raise np.linalg.LinAlgError("not positive definite")
 
   monkeypatch.setattr(bandit, "fit", singular)
-  bad = fairness.search(state, 30)
+  bad = fairness.search(state, 0, 30)
   np.testing.assert_array_equal(bad.sigma, state.sigma)
   assert int(bad.count) == 0
 

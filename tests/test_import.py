@@ -182,7 +182,7 @@ def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails
   """With a step that changes nothing, the parameters of the new run are those of the imported one."""
   run = run_import(base, tmp_path / "imported")
 
-  def idle(state, frozen, batch):
+  def idle(state, frozen, batch, seed):
     return state._replace(step=state.step + 1), {"loss": jnp.ones([]), "grad_norm": jnp.ones([])}
 
   monkeypatch.setattr(train, "make_train_step", lambda *_: idle)  # compiling the real one takes longer than the rest

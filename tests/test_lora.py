@@ -93,7 +93,7 @@ def test_a_step_trains_the_factors_and_leaves_the_unet():
   params = {name: model.component(name).init(jax.random.key(0)) for name in model.trained}
   frozen = {"unet": {"a.to_q.kernel": jnp.ones([8, 3])}}
   step = jax.jit(make_train_step(model, config, optimizer, jnp.zeros(77, jnp.int32)))
-  state, _ = step(TrainState.create(params, optimizer), frozen, batch_of(SCHEMA, 8))
+  state, _ = step(TrainState.create(params, optimizer), frozen, batch_of(SCHEMA, 8), 0)
   assert set(state.params) == set(state.ema) == {"lora", "conditioner"}
   assert np.any(state.params["lora"]["a.to_q.lora_B.kernel"])
   whole = model.assemble({**frozen, **state.params})

@@ -156,7 +156,7 @@ def _train(kind, data=1, fsdp=1, tensor=1, accumulation=1, rules=()):
   )
   rows = []
   for _ in range(_STEPS):
-    state, metrics = step(state, frozen, batch)
+    state, metrics = step(state, frozen, batch, config.seed)
     rows.append(jax.device_get(metrics))
   return rows, before, state
 

@@ -64,7 +64,7 @@ def test_one_compiled_step(name):
   }
   step = jax.jit(make_train_step(model, config, optimizer, jnp.zeros(77, jnp.int32), fairness))
   state = TrainState.create(params, optimizer, fairness.create() if fairness else None)
-  after, metrics = step(state, {}, batch_of(PHANTOM, 16))
+  after, metrics = step(state, {}, batch_of(PHANTOM, 16), 0)
   assert TERMS[name] <= set(metrics) and all(np.isfinite(value) for value in metrics.values())
   assert int(after.step) == 1
   for part in params:

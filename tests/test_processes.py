@@ -255,7 +255,7 @@ with distributed.session(parser.parse_args()):
 
 def fairness_after_a_search(best):
   """(sigma, rows of its history) where this process's search ends at `best`."""
-  fairness = FairDiffusion(SCHEMA, 7, "compdiff", 1.0, 4, 0.9, 0.1, 0.1)
+  fairness = FairDiffusion(SCHEMA, "compdiff", 1.0, 4, 0.9, 0.1, 0.1)
   maximise = bandit.maximise
   bandit.maximise = lambda *_, **__: np.full(fairness.num_groups, best)
   try:
@@ -263,7 +263,7 @@ def fairness_after_a_search(best):
     rng = np.random.default_rng(0)
     history = jax.tree.map(lambda x: rng.uniform(size=x.shape).astype(x.dtype), jax.device_get(fairness.create()))
     state = sharding.place(history._replace(count=np.int32(4)), sharding.replicated(mesh))
-    found = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), fairness.search(state, 4))
+    found = jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), fairness.search(state, 7, 4))
   finally:
     bandit.maximise = maximise
   return found.sigma.tolist(), int(found.count)

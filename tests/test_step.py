@@ -68,7 +68,7 @@ class _Setting:
     batch = {**self.batch, "attributes": {**self.batch["attributes"], **attributes}}
     rows = []
     for _ in range(_STEPS):
-      state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)))
+      state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)), self.config.seed)
       rows.append({name: float(value) for name, value in metrics.items()})
     return rows, state
 

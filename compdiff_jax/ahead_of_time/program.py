@@ -95,7 +95,8 @@ class TrainingStep:
     empty_ids = np.zeros(model.text_config.max_position_embeddings, np.int32)
     step = make_train_step(model, config, self._optimizer, empty_ids, self._fairness)
     if devices is None:
-      return Program(jax.jit(step, donate_argnums=0).trace(self._state, self._frozen, batch), None, size, 0, 0)
+      traced = jax.jit(step, donate_argnums=0).trace(self._state, self._frozen, batch, config.seed)
+      return Program(traced, None, size, 0, 0)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(size, config.train.accumulation, mesh)
     shardings = sharding.tree_shardings(self._state, config.sharding_rules, mesh)
@@ -107,7 +108,7 @@ class TrainingStep:
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
     state, gradients = self.bytes_per_device(mesh)
-    return Program(jitted.trace(*arguments), mesh, size, state, gradients)
+    return Program(jitted.trace(*arguments, config.seed), mesh, size, state, gradients)
 
   def bytes_per_device(self, mesh: Mesh) -> tuple[int, int]:
     """(state and frozen networks, gradients) of one device."""

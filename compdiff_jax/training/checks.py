@@ -27,6 +27,12 @@ def check_intervals(logging: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_seed(seed: int) -> None:
+  """The seed is an argument of the compiled step, in which integers have 32 bits."""
+  if not 0 <= seed < 2**31:
+    raise InputError(f"seed {seed} must be from 0 to {2**31 - 1}")
+
+
 def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:
   """Says which values the schema has and training never sees: what stands for them stays as it was drawn."""
   columns = [records.attributes("train") for records in sets]

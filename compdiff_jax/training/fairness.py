@@ -57,12 +57,10 @@ class FairDiffusion:
 
   Attributes:
     schema: the attributes whose levels are the groups.
-    seed: seed of the run.
     variant, sigma_init, window, exploitation, min_weight, ucb_beta: see `config.fairness`.
   """
 
   schema: Schema
-  seed: int
   variant: str
   sigma_init: float
   window: int
@@ -125,12 +123,12 @@ class FairDiffusion:
     return total
 
   def advance(
-    self, state: FairState, means: jax.Array, counts: jax.Array, step: jax.Array
+    self, state: FairState, means: jax.Array, counts: jax.Array, seed: int | jax.Array, step: jax.Array
   ) -> tuple[FairState, dict[str, jax.Array]]:
     """Records (sigma, gap) of a step and lets sigma explore; returns the metrics too. Part of the jitted step."""
     gap = self.gap(means, counts)
     recorded = FairState(
-      self._explored(state.sigma, step),
+      self._explored(state.sigma, seed, step),
       state.sigmas.at[state.count].set(state.sigma),
       state.gaps.at[state.count].set(gap),
       state.count + 1,
@@ -138,9 +136,9 @@ class FairDiffusion:
     sigma = {"fair_sigma_mean": jnp.mean(state.sigma), "fair_sigma_std": jnp.std(state.sigma)}
     return recorded, {**sigma, "fair_loss_gap": gap}
 
-  def _explored(self, sigma: jax.Array, step: jax.Array) -> jax.Array:
+  def _explored(self, sigma: jax.Array, seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """sigma <- clip(rho sigma + (1 - rho) u), u ~ U(0, 1), rho the exploitation."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _EXPLORATION), step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _EXPLORATION), step)
     drawn = jax.random.uniform(key, [self.num_groups])
     return jnp.clip(self.exploitation * sigma + (1 - self.exploitation) * drawn, 0.0, 1.0)
 
@@ -148,7 +146,7 @@ class FairDiffusion:
     """Whether step number `step` (from 0) ends with a search."""
     return step > 0 and step % self.window == 0
 
-  def search(self, state: FairState, step: int) -> FairState:
+  def search(self, state: FairState, seed: int, step: int) -> FairState:
     """The state after a step that ends with a search: sigma from the Gaussian process, explored once; no history.
 
     Runs on the host, on arrays of any sharding. Where no process can be fitted (gaps that are not finite, a singular
@@ -160,10 +158,10 @@ class FairDiffusion:
     try:
       if not np.isfinite(gaps).all():
         raise np.linalg.LinAlgError
-      rng = np.random.default_rng([self.seed, _SEARCH, step])
+      rng = np.random.default_rng([seed, _SEARCH, step])
       process = bandit.fit(sigmas, -gaps)
       best = bandit.maximise(process, self.ucb_beta, rng, raw_samples=_RAW_SAMPLES[self.variant])
-      sigma = self._explored(jnp.asarray(best, jnp.float32), step)
+      sigma = self._explored(jnp.asarray(best, jnp.float32), seed, step)
     except np.linalg.LinAlgError:
       pass
     cleared = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
@@ -187,4 +185,4 @@ def make_fairness(config: ml_collections.ConfigDict, schema: Schema) -> FairDiff
   if fields.window < 2 or fields.min_weight <= 0 or fields.ucb_beta < 0:
     raise InputError("fairness: window must be at least 2, min_weight positive, ucb_beta not negative")
   settings = {name: value for name, value in fields.items() if name != "attributes"}
-  return FairDiffusion(schema=groups, seed=config.seed, **settings)
+  return FairDiffusion(schema=groups, **settings)

@@ -37,7 +37,7 @@ _PURPOSES = (
 )
 
 
-def sample_keys(seed: int, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
+def sample_keys(seed: int | jax.Array, step: jax.Array, batch_size: int) -> dict[str, jax.Array]:
   """One typed key per purpose and sample, {purpose: [B]}; row i depends on (seed, step, i) alone."""
   key = jax.random.fold_in(jax.random.key(seed), step)
   keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i), len(_PURPOSES)))(jnp.arange(batch_size))
@@ -151,26 +151,27 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   empty_ids: jax.Array,
   fairness: FairDiffusion | None = None,
-) -> Callable[[TrainState, Params, Mapping[str, Any]], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns step(state, frozen, batch) -> (state, metrics).
+) -> Callable[[TrainState, Params, Mapping[str, Any], int | jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns step(state, frozen, batch, seed) -> (state, metrics).
 
   Args:
     model: the networks.
-    config: the run's config; `loss`, `dropout`, `train` and `seed` are read here.
+    config: the run's config; `loss`, `dropout` and `train` are read here.
     optimizer: gradient transformation over the trained parameters.
     empty_ids: int32 [77], the empty prompt, which text dropout puts in.
     fairness: weights of the samples; None: all weigh the same.
 
   The batch is {"input_ids": int32 [B, 77], "attributes": {name: [B]}} with either "images", uint8 [B, S, S, 3], or the
-  "moments" of their VAE posterior, [B, s, s, 2c].
+  "moments" of their VAE posterior, [B, s, s, 2c]. The seed is an argument so that runs that differ in it alone share a
+  compiled program.
   """
   loss, total_weights = make_loss(model, config, fairness)
   accumulation = config.train.accumulation
   check_ema(config.train)
 
-  def step(state: TrainState, frozen: Params, batch: Mapping[str, Any]):
+  def step(state: TrainState, frozen: Params, batch: Mapping[str, Any], seed: int | jax.Array):
     batch_size = batch["input_ids"].shape[0]
-    keys = sample_keys(config.seed, state.step, batch_size)
+    keys = sample_keys(seed, state.step, batch_size)
     drop_text = jax.vmap(jax.random.uniform)(keys["text_dropout"]) < config.dropout.text
     rows = {
       **{name: batch[name] for name in ("images", "moments") if name in batch},
@@ -210,7 +211,7 @@ def make_train_step(
     fair_state = state.fairness
     if fairness is not None:
       means, counts = (jnp.stack([of[name] for name in fairness.group_names]) for of in (metrics, weights))
-      fair_state, fair_metrics = fairness.advance(fair_state, means, counts, state.step)
+      fair_state, fair_metrics = fairness.advance(fair_state, means, counts, seed, state.step)
       # A mean over steps in some of which a group is absent would say nothing, so the groups' means are not reported.
       metrics = {name: value for name, value in metrics.items() if name not in fairness.group_names} | fair_metrics
     return TrainState(state.step + 1, params, ema, opt_state, fair_state), metrics
