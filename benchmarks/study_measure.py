@@ -1,5 +1,7 @@
 """What the study measures of one run: distances and attribute fidelity, over all seen cells, per group and per cell.
 
+Beside what is measured on samples stand the denoising losses of real images (`study_loss`), by cell.
+
 The measures are those of `compdiff evaluate`. Seen and held-out cells are never pooled. Real images are compared as the
 autoencoder that all methods share reproduces them: the distance is then that of the diffusion models, which is what
 methods differ in, and not the noise of the detector, which no autoencoder passes on.
@@ -24,13 +26,14 @@ from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 
 EXTRACTOR = "radiomics"
+LOSSES = "losses.npy"  # of a run: those of `study_loss`
 _TRAIN_SAMPLE = 2000  # training images that standardise features and fit the reader of attributes
 
 
 def finished(run: Path) -> bool:
-  """Whether a run has all its images."""
+  """Whether a run has all its images, and its losses."""
   job, manifest = run / "samples" / "job.json", run / "samples" / "manifest.csv"
-  if not (job.exists() and manifest.exists()):
+  if not (job.exists() and manifest.exists() and (run / LOSSES).exists()):
     return False
   return len(manifest.read_text().splitlines()) == 1 + json.loads(job.read_text())["rows"]
 
@@ -60,8 +63,11 @@ class Yardstick:
     total = len(next(iter(self.train.values())))
     return {self.schema.cell_name(c): self.schema.in_cell(self.train, c).sum() / total for c in self.schema.cells()}
 
-  def measure(self, synthetic: ImageSet) -> dict[str, dict[str, Any]]:
-    """{group: measures} for a set that copies the reference's texts and attributes row by row."""
+  def measure(self, synthetic: ImageSet, losses: np.ndarray) -> dict[str, dict[str, Any]]:
+    """{group: measures} for a set that copies the reference's texts and attributes row by row.
+
+    `losses` [N] are those of the real images themselves.
+    """
     found = self._standardise(self._extract(synthetic.images))
     read = self._reader.predict(synthetic.images)
     held = [self.schema.in_cell(self.real.attributes, cell) for cell in self.held_out]
@@ -69,11 +75,11 @@ class Yardstick:
     rows: dict[str, dict[str, Any]] = {}
     for own, cells in ((~held, []), (held, self.held_out)):
       if own.any():
-        rows |= self._measure_part(own, cells, synthetic, found, read)
+        rows |= self._measure_part(own, cells, synthetic, found, read, losses[own])
     return rows
 
   def _measure_part(
-    self, own: np.ndarray, held_out: list, synthetic: ImageSet, found: np.ndarray, read: Mapping
+    self, own: np.ndarray, held_out: list, synthetic: ImageSet, found: np.ndarray, read: Mapping, losses: np.ndarray
   ) -> dict[str, Any]:
     """The seen or the held-out cells. `own` selects their rows, the same in both sets."""
     recorded, requested = _rows(self.real.attributes, own), _rows(synthetic.attributes, own)
@@ -94,6 +100,7 @@ class Yardstick:
         if group.kind == "cell":  # for differences between methods, on the same draws
           halves = groups.half_sample_kid(x[group.real], y[group.synthetic], patients[group.real], seed=0)[1:]
           rows[group.name]["kid"]["halves"] = halves.round(5).tolist()
+          rows[group.name]["losses"] = losses[group.real].round(6).tolist()
     return rows
 
 
@@ -130,9 +137,10 @@ def measure_all(out: Path, reference: Path, methods: Sequence[str], seeds: Seque
     for seed in seeds:
       path = out / "results" / f"{method}-{seed}.json"
       if not path.exists():
-        synthetic = image_sets.load(out / "runs" / f"{method}-{seed}" / "samples")
+        run = out / "runs" / f"{method}-{seed}"
+        synthetic, losses = image_sets.load(run / "samples"), np.load(run / LOSSES)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(yardstick.measure(synthetic.take(order)), indent=1))
+        temporary.write_text(json.dumps(yardstick.measure(synthetic.take(order), losses[order]), indent=1))
         temporary.replace(path)
       runs[method][seed] = json.loads(path.read_text())
   held_out = [yardstick.schema.cell_name(cell) for cell in yardstick.held_out]

@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import study_measure, study_report
+import numpy as np
+
+from benchmarks import study_loss, study_measure, study_report
 from compdiff_jax import cli, methods, plan, sample, train, train_vae
 from compdiff_jax.checkpoint import Checkpoints
 from data_prep import encode_latents, vocabulary
@@ -160,7 +162,7 @@ def _moments(study: Study, prompt: Sequence[str]) -> Path:
 
 
 def run_job(study: Study, args: argparse.Namespace) -> None:
-  """Trains and samples the method and seed of --job; both go on where they stopped."""
+  """Trains and samples the method and seed of --job, both from where they stopped, and takes the losses."""
   if args.core is not None:
     os.sched_setaffinity(0, {args.core})  # before JAX starts its threads
   method, seed = args.job.split(":")
@@ -170,7 +172,9 @@ def run_job(study: Study, args: argparse.Namespace) -> None:
     train.main([*config_arguments(study, method, settings), f"--workdir={directory / 'run'}"])
     if not _trained(directory / "run", study.budget.steps):
       raise cli.RunError(f"{args.job}: training was stopped; the same command goes on")
-  sample.main([f"--workdir={directory / 'run'}", f"--plan={study.out / 'plan.csv'}", f"--out={directory / 'samples'}"])
+  plan_file = study.out / "plan.csv"
+  sample.main([f"--workdir={directory / 'run'}", f"--plan={plan_file}", f"--out={directory / 'samples'}"])
+  np.save(directory / study_measure.LOSSES, study_loss.losses(directory / "run", plan_file, study.reference))
 
 
 def run_settings(seed: int, budget: Budget) -> dict[str, Any]:

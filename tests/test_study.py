@@ -6,14 +6,19 @@ import os
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks import linear_reader, phantom_study, real_study, study_report, study_runs
+from benchmarks import linear_reader, phantom_study, real_study, study_loss, study_report, study_runs
+from compdiff_jax import plan
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.data.records import RecordSet
+from compdiff_jax.evaluation import image_sets
 from compdiff_jax.methods import CONDITIONERS
+from compdiff_jax.sampling.plan import read_plan
+from compdiff_jax.workdir import open_run
 from data_prep.phantom.population import SCHEMA
 
 _FUNDUS = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parents[2] / "shared")) / "data" / "fundus"
@@ -76,7 +81,8 @@ def _measures(distance, kind):
   names = ("sex accuracy", "group accuracy", "age mean absolute error", "all attributes")
   kid = {"value": distance, "lo": distance - 1.96, "hi": distance + 1.96, "null": {"reason": "few"}}
   kid["halves"] = [distance - 3, distance + 3] * 2  # far from each other, but alike for every method
-  return {"kind": kind, "n": 20, "kid": kid, "fd": {"value": 3.0}, "fidelity": dict.fromkeys(names, accuracy)}
+  fidelity = dict.fromkeys(names, accuracy)
+  return {"kind": kind, "n": 20, "kid": kid, "fd": {"value": 3.0}, "fidelity": fidelity, "losses": [1.0, 3.0]}
 
 
 def _run(shift):
@@ -87,7 +93,7 @@ def _run(shift):
     **{name: _measures(value + shift, "attribute") for name, value in levels.items()},
     **{cell: _measures(10 * i + 10 + shift, "cell") for i, cell in enumerate(_CELLS)},
     "held-out (pair-seen)": _measures(40 + shift, "held-out"),
-    _HELD: _measures(40 + shift, "cell"),
+    _HELD: _measures(40 + shift, "cell") | {"losses": [100 + shift, 102 + shift, 98 + shift]},
   }
 
 
@@ -112,6 +118,17 @@ def test_study_figures():
   assert weighted.hi - weighted.mean == pytest.approx(1.96 * np.sqrt(0.36 + 0.09 + 0.01 + 2 / 2))
 
 
+def test_loss_figures():
+  """Images differ by far more than methods; the difference between methods does not see that."""
+  study = study_report.Study(_RESULTS)
+  loss, gap = study.loss("baseline", [_HELD]), study.loss_difference("compdiff", "baseline", [_HELD])
+  assert loss.mean == pytest.approx(101)
+  assert loss.hi - loss.mean == pytest.approx(1.96 * np.sqrt(4 / 3 + 2 / 2))  # three images; two seeds, 2 apart
+  values = [-8 / 1.00, -8 / 1.02]
+  assert gap.mean == pytest.approx(np.mean(values))
+  assert gap.hi - gap.mean == pytest.approx(1.96 * np.std(values, ddof=1) / np.sqrt(2))
+
+
 def test_tables_and_margins(tmp_path, monkeypatch):
   monkeypatch.setattr(study_report, "_grid", lambda *_: None)
   budget = dataclasses.replace(phantom_study.BUDGETS["quick"], seeds=(42, 43))
@@ -123,6 +140,8 @@ def test_tables_and_margins(tmp_path, monkeypatch):
   with open(tmp_path / "table2.csv", newline="") as file:
     rows = list(csv.reader(file))
   assert rows[1] == [_CELLS[0], "60.0%", "11 ± 1.41", "3 ± 1.41"] and len(rows) == 4
+  with open(tmp_path / "table5.csv", newline="") as file:
+    assert [row[4] for row in csv.reader(file)] == ["held out, % above text baseline", "", "-7.92 (-8.08 to -7.77)"]
   for name in ("distance_by_share.png", "held_out.png"):
     assert (tmp_path / name).stat().st_size > 5000
 
@@ -134,6 +153,29 @@ def test_a_run_that_was_stopped_is_not_sampled(tmp_path, monkeypatch):
   monkeypatch.setattr(study_runs.sample, "main", lambda argv: pytest.fail("sampled"))
   with pytest.raises(study_runs.cli.RunError, match="training was stopped; the same command goes on"):
     study_runs.run_job(study, types.SimpleNamespace(job="baseline:42", core=None))
+
+
+def test_loss_of_a_real_image_is_that_under_its_own_condition(workspace, trained, tmp_path):
+  """One row by hand, from the closed form of the noising."""
+  plan.main([f"--data={workspace / 'data'}", "--like=test", f"--out={tmp_path / 'plan.csv'}"])
+  found = study_loss.losses(trained, tmp_path / "plan.csv", workspace / "data")
+  run = open_run(trained)
+  model, rows = run.model, read_plan(tmp_path / "plan.csv", run.model.schema)
+  params = run.load_params("ema")[1]
+  real = image_sets.load(workspace / "data", "test")
+  image = real.images[list(real.keys).index(rows[3].id)][None]
+  attributes = {a.name: np.asarray([rows[3].attributes[a.name]], a.dtype) for a in model.schema}
+  context, _ = model.context(params, run.tokenizer([rows[3].text]), attributes)
+  unet = jax.jit(model.unet.__call__)
+  latents = np.split(np.asarray(model.moments(params, image)), 2, axis=-1)[0] * model.vae_config.scaling_factor
+  errors = []
+  for t in study_loss.TIMESTEPS:
+    noise = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(t), 3), latents.shape[1:]))
+    kept = float(model.schedule.alphas_cumprod[t])
+    noisy = np.sqrt(kept) * latents + np.sqrt(1 - kept) * noise
+    errors.append(np.mean((np.asarray(unet(params["unet"], noisy, np.array([t]), *context)) - noise) ** 2))
+  assert found.shape == (len(rows),) and found[3] == pytest.approx(np.mean(errors), rel=1e-4)
+  assert np.std(found) > 1e-3  # another row's would not do
 
 
 def test_bad_arguments(fails, tmp_path):
