@@ -35,10 +35,10 @@ def test_every_method_has_one_budget_and_one_order_of_data(tmp_path, attributes,
   study = study_runs.Study(tmp_path, attributes, networks, phantom_study.BUDGETS["quick"])
   configs = {}
   for method in CONDITIONERS:
-    path, *overrides = study_runs.config_arguments(study, method, study_runs.run_settings(7, study.budget))
+    path, *overrides = study_runs.config_arguments(study, method, study_runs.run_settings(method, 7, study.budget))
     configs[method] = load_config(path.removeprefix("--config="), overrides)
   for method, config in configs.items():
-    # What a method learns best at, of a few that were tried for each (docs/study.md); the budget is the same.
+    # What a method learns at without breaking down (docs/study.md); the budget is the same.
     config.train.learning_rate = configs["baseline"].train.learning_rate
     config.data.path = config.data.path.rsplit("-")[0]  # moments of the same records, with other words in the prompt
     for part in ("seed", "data", "train", "unet", "vae", "text_encoder", "scheduler", "sample"):
