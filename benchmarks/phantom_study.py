@@ -48,7 +48,7 @@ NETWORKS = {
 }
 # Phantoms drawn for train, val and test together; real images to compare with in a seen and in a held-out cell.
 SIZES = {"quick": (4000, 24, 48), "full": (12_000, 60, 120)}
-# With all demographics as words, the text encoder that is trained along breaks down in some seeds at 4e-3.
+# With all demographics as words, some seeds break down at 4e-3; docs/study.md has the figures of both rates.
 _OWN_RATES = {"baseline": 2e-3, "fairdiffusion": 2e-3}
 BUDGETS = {
   "quick": Budget(vae_steps=800, vae_batch_size=32, steps=700, batch_size=32, learning_rate=4e-3, own_rates=_OWN_RATES),

@@ -1,7 +1,7 @@
 """`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
 
 Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
-again, so the command resumes. A compile takes 8 to 20 minutes of two cores and up to 14 GB. Needs the `libtpu` wheel.
+again, so the command resumes. A compile takes 8 to 25 minutes of two cores and up to 14 GB. Needs the `libtpu` wheel.
 `--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
 """
 
@@ -49,6 +49,7 @@ text encoder, average of the weights, bfloat16 compute. Its batch of 48 is no mu
 - *The compiler's estimate* is its sum over all instructions, with kernels and repeated loops added. It knows nothing of
   padding to the matrix units (320 channels take 384), nor of waiting for other chips.
 - *MFU* divides the operations of the plain step (nothing recomputed) by estimate and peak.
+- Compiling was slowed by other work on the machine for v5e-16, v6e-16 and v6e-256.
 - A v5e with 16 GB keeps parameters, two moments and the average (13.9 GB in float32) on eight chips together.
 
 Compiling takes long; `JAX_OPTIMIZATION_LEVEL=O1` and `JAX_MEMORY_FITTING_LEVEL=O0` (options of JAX, O0 to O3) ask the

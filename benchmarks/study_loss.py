@@ -18,7 +18,7 @@ from compdiff_jax.evaluation.features import in_batches
 from compdiff_jax.sampling.plan import read_plan
 from compdiff_jax.workdir import open_run
 
-# Below, the noise is so small that no condition helps; above, hardly anything of the image is left.
+# From a quarter of the noising to almost all of it.
 TIMESTEPS = (250, 450, 650, 850)
 
 
