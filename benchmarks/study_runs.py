@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks import study_loss, study_measure, study_report
 from compdiff_jax import cli, methods, plan, sample, train, train_vae
 from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.data.tokenizer import CONTEXT_LENGTH
 from data_prep import encode_latents, vocabulary
 from launch.chain import _XLA_FLAGS
 
@@ -48,7 +49,6 @@ class Budget:
   Attributes:
     vae_steps, vae_batch_size: of the shared autoencoder.
     steps, batch_size, learning_rate: of every run.
-    own_rates: learning rates of methods that need another.
     seeds: training seeds; 42 was that of tuning.
     sample_steps, guidance: of DDPM sampling.
     min_n: as for `compdiff evaluate`.
@@ -59,7 +59,6 @@ class Budget:
   steps: int
   batch_size: int
   learning_rate: float
-  own_rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
   seeds: tuple[int, ...] = (43, 44, 45)
   sample_steps: int = 25
   guidance: float = 1.0
@@ -75,12 +74,14 @@ class Study:
     attributes: of the data, the one first that HCN v1 leaves in the prompt.
     networks: config keys of the networks that differ from configs/phantom_*.py, for all methods.
     budget: of every run.
+    text_length: tokens of a prompt, enough for the longest.
   """
 
   out: Path
   attributes: tuple[str, ...]
   networks: Mapping[str, Any]
   budget: Budget
+  text_length: int = CONTEXT_LENGTH
 
   @property
   def reference(self) -> Path:
@@ -143,7 +144,8 @@ def _prepare(study: Study, names: Sequence[str]) -> None:
   """Vocabulary, plan, autoencoder and moments, each once. An empty directory is what a kill leaves."""
   out = study.out
   if not (out / "tokenizer" / "vocab.json").exists():
-    vocabulary.main(["--data", str(out / "data"), "--out", str(out / "tokenizer"), "--size", "600"])
+    options = ["--out", str(out / "tokenizer"), "--length", str(study.text_length)]
+    vocabulary.main(["--data", str(out / "data"), *options])
   if not (out / "plan.csv").exists():
     plan.main([f"--data={study.reference}", "--like=test", f"--out={out / 'plan.csv'}"])
   if not (out / "vae" / "config.json").exists():
@@ -171,7 +173,7 @@ def run_job(study: Study, args: argparse.Namespace) -> None:
   method, seed = args.job.split(":")
   directory = study.out / "runs" / f"{method}-{seed}"
   if not _trained(directory / "run", study.budget.steps):
-    settings = run_settings(method, int(seed), study.budget)
+    settings = run_settings(int(seed), study.budget)
     train.main([*config_arguments(study, method, settings), f"--workdir={directory / 'run'}"])
     if not _trained(directory / "run", study.budget.steps):
       raise cli.RunError(f"{args.job}: training was stopped; the same command goes on")
@@ -180,13 +182,13 @@ def run_job(study: Study, args: argparse.Namespace) -> None:
   np.save(directory / study_measure.LOSSES, study_loss.losses(directory / "run", plan_file, study.reference))
 
 
-def run_settings(method: str, seed: int, budget: Budget) -> dict[str, Any]:
-  """What the study sets in the config of a method; the same for all, but for the learning rate."""
+def run_settings(seed: int, budget: Budget) -> dict[str, Any]:
+  """What the study sets in the config of every method."""
   return {
     "seed": seed,
     "train.steps": budget.steps,
     "train.batch_size": budget.batch_size,
-    "train.learning_rate": budget.own_rates.get(method, budget.learning_rate),
+    "train.learning_rate": budget.learning_rate,
     "train.warmup_steps": budget.steps // 10,
     "train.ema_decay": 0.995,
     "logging.log_every": 100,
@@ -218,7 +220,8 @@ def config_arguments(study: Study, method: str, settings: Mapping[str, Any], *, 
   dropout = dict.fromkeys(("dropout.text", "dropout.attribute", "dropout.all_attributes"), 0.0)
   if "dropout" in like.conditioner:
     dropout["conditioner.dropout"] = 0.0
-  networks = {"unet.block_out_channels": WIDTHS, "text_encoder.num_hidden_layers": 1, **study.networks}
+  text = {"text_encoder.num_hidden_layers": 1, "text_encoder.max_position_embeddings": study.text_length}
+  networks = {"unet.block_out_channels": WIDTHS, **text, **study.networks}
   overrides = {**networks, **roles, **paths, **dropout, **settings, **_OWN.get(method, {})}
   return [f"--config=configs/phantom_{method}.py", *(f"--config.{key}={value}" for key, value in overrides.items())]
 

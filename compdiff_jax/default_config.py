@@ -197,7 +197,7 @@ def tiny(config: ml_collections.ConfigDict, image_size: int) -> ml_collections.C
   )
   config.text_encoder = ml_collections.ConfigDict(
     {
-      "vocab_size": 600,
+      "vocab_size": 1000,
       "hidden_size": 64,
       "intermediate_size": 128,
       "num_hidden_layers": 2,

@@ -80,6 +80,7 @@ def phantom(name: str) -> ml_collections.ConfigDict:
   config.data.path = "build/phantom/data"
   config.weights.vae = "build/phantom/vae"
   config.weights.tokenizer = "build/phantom/tokenizer"
+  config.text_encoder.max_position_embeddings = 40  # enough for every text; a vocabulary of this --length
   config.unet.block_out_channels = (48, 96)
   # The reference's weight of the KL term, for a thirtieth of its steps, would keep the token from saying anything.
   config.loss.kl = 1e-4

@@ -98,6 +98,11 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       f"{config.weights.tokenizer} has {tokenizer.vocab_size} tokens, text_encoder.vocab_size is"
       f" {model.text_config.vocab_size}; set it to at least {tokenizer.vocab_size}"
     )
+  if tokenizer.length > model.text_config.max_position_embeddings:
+    raise cli.InputError(
+      f"{config.weights.tokenizer} gives {tokenizer.length} tokens a text, text_encoder.max_position_embeddings is"
+      f" {model.text_config.max_position_embeddings}; set it to at least that, or train the vocabulary with --length"
+    )
   frozen = model.load_frozen(config.weights)
   hashes = {name: content_hash(params) for name, params in frozen.items()}
   check_vae(sets, hashes["vae"], config.weights.vae)

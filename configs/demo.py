@@ -12,6 +12,7 @@ def get_config():
   config.data.path = "build/demo/data"
   config.weights.vae = "build/demo/vae"
   config.weights.tokenizer = "build/demo/tokenizer"
+  config.text_encoder.max_position_embeddings = 40  # enough for every text
   config.unet.block_out_channels = (48, 96)
   config.conditioner.attributes = ("age", "sex", "group")
   config.loss.kl = 1e-4
@@ -20,7 +21,7 @@ def get_config():
   config.vae_training.batch_size = 8
   config.train.steps = 600
   config.train.batch_size = 16
-  config.train.learning_rate = 1e-3
+  config.train.learning_rate = 4e-3
   config.train.warmup_steps = 100
   config.train.ema_decay = 0.995
   config.sample.sampler = "ddim"

@@ -1,7 +1,7 @@
 """The additive conditioner on phantoms: one token, a sum of effects whose interactions are shrunk.
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_additive.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_additive.py --workdir=build/phantom/additive
 

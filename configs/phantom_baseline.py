@@ -1,7 +1,7 @@
 """The text baseline on phantoms: a small model with age, sex and group as words of the prompt.
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_baseline.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_baseline.py --workdir=build/phantom/baseline
 

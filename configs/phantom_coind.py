@@ -1,7 +1,7 @@
 """CoInD on phantoms: a token for each attribute, trained to be conditionally independent.
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_coind.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_coind.py --workdir=build/phantom/coind
 

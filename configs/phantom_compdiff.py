@@ -1,7 +1,7 @@
 """CompDiff-2 on phantoms: typed encoders, all pairs and the whole, four tokens (stage 2b).
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_compdiff.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_compdiff.py --workdir=build/phantom/compdiff
 

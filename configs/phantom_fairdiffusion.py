@@ -1,7 +1,7 @@
 """FairDiffusion on phantoms: the text baseline, its samples weighted by what the groups lose.
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_fairdiffusion.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_fairdiffusion.py --workdir=build/phantom/fairdiffusion
 

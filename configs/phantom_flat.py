@@ -1,7 +1,7 @@
 """FLAT on phantoms: age, sex and group concatenated into one token (single token, shallow heads).
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_flat.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_flat.py --workdir=build/phantom/flat
 

@@ -1,7 +1,7 @@
 """CompDiff-1 on phantoms: sex and group composed into one token by HCN v1, age in the prompt.
 
 python -m data_prep.phantom --out build/phantom/data --num 1600
-python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --size 600
+python -m data_prep.vocabulary --data build/phantom/data --out build/phantom/tokenizer --length 40
 compdiff train-vae --config=configs/phantom_hcn.py --out=build/phantom/vae
 compdiff train --config=configs/phantom_hcn.py --workdir=build/phantom/hcn
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from compdiff_jax import cli
 from compdiff_jax.data.records import RecordSet
-from compdiff_jax.data.tokenizer import train_tokenizer
+from compdiff_jax.data.tokenizer import CONTEXT_LENGTH, train_tokenizer
 
 # So often each attribute word counts, so that it becomes few tokens although the texts avoid it.
 _ATTRIBUTE_WEIGHT = 10
@@ -32,10 +32,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--data", required=True, help="data set directory")
   parser.add_argument("--out", required=True, help="tokenizer directory to make; new or empty")
   parser.add_argument("--size", type=int, default=1000, help="largest number of tokens")
+  parser.add_argument("--length", type=int, default=CONTEXT_LENGTH, help="tokens a text is cut and padded to")
   args = parser.parse_args(argv)
   records = RecordSet(args.data)
   with cli.whole_directory(args.out) as directory:
-    tokenizer = train_tokenizer(training_texts(records), directory, args.size)
+    tokenizer = train_tokenizer(training_texts(records), directory, args.size, args.length)
   print(f"{args.out}: {tokenizer.vocab_size} tokens from {records.splits['train']} texts")
 
 

@@ -35,7 +35,7 @@ def main() -> int:
 
   run("data", "python", "-m", "data_prep.phantom", "--out", out / "data", "--num", 1600, "--holdout", HELD_OUT)
   run("vocabulary", "python", "-m", "data_prep.vocabulary", "--data", out / "data", "--out", out / "tokenizer",
-      "--size", 600)  # fmt: skip
+      "--length", 40)  # fmt: skip
   run("autoencoder", "compdiff", "train-vae", f"--out={out / 'vae'}", *config)
   run("training", "compdiff", "train", f"--workdir={out / 'run'}", *config)
   run("plan", "compdiff", "plan", f"--data={out / 'data'}", "--like=test", f"--out={out / 'plan.csv'}")

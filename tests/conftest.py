@@ -85,7 +85,7 @@ def workspace(tmp_path_factory) -> Path:
 
   directory = tmp_path_factory.mktemp("workspace")
   phantom.main(["--out", str(directory / "data"), "--num", "160", "--size", "32"])
-  vocabulary.main(["--data", str(directory / "data"), "--out", str(directory / "tokenizer"), "--size", "600"])
+  vocabulary.main(["--data", str(directory / "data"), "--out", str(directory / "tokenizer"), "--length", "40"])
   train_vae.main(["--out", str(directory / "vae"), *config_arguments(directory)])
   return directory
 

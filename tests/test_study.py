@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import linear_reader, phantom_study, real_study, study_loss, study_report, study_runs
-from compdiff_jax import plan
+from compdiff_jax import cli, plan
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.data.records import RecordSet
@@ -35,11 +35,9 @@ def test_every_method_has_one_budget_and_one_order_of_data(tmp_path, attributes,
   study = study_runs.Study(tmp_path, attributes, networks, phantom_study.BUDGETS["quick"])
   configs = {}
   for method in CONDITIONERS:
-    path, *overrides = study_runs.config_arguments(study, method, study_runs.run_settings(method, 7, study.budget))
+    path, *overrides = study_runs.config_arguments(study, method, study_runs.run_settings(7, study.budget))
     configs[method] = load_config(path.removeprefix("--config="), overrides)
   for method, config in configs.items():
-    # What a method learns at without breaking down (docs/study.md); the budget is the same.
-    config.train.learning_rate = configs["baseline"].train.learning_rate
     config.data.path = config.data.path.rsplit("-")[0]  # moments of the same records, with other words in the prompt
     for part in ("seed", "data", "train", "unet", "vae", "text_encoder", "scheduler", "sample"):
       assert config[part] == configs["baseline"][part], (method, part)
@@ -48,6 +46,13 @@ def test_every_method_has_one_budget_and_one_order_of_data(tmp_path, attributes,
     in_tokens = config.conditioner.attributes if config.conditioner.kind != "none" else ()
     assert (*config.prompt_attributes, *in_tokens) == attributes and len(config.prompt_attributes) == in_prompt
   assert configs["fairdiffusion"].fairness.variant and configs["coind"].loss.coind
+
+
+def test_sizes_of_the_reference_that_are_none(capsys, tmp_path):
+  for sizes in ("3", "0,5", "a,b"):
+    assert cli.run(phantom_study.main, "study", ["--out", str(tmp_path / "new"), f"--real={sizes}"]) == 2
+    assert f"--real: {sizes!r} is not two numbers" in capsys.readouterr().err
+  assert not (tmp_path / "new").exists()
 
 
 def test_reference_is_balanced_and_has_one_image_a_patient(tmp_path):

@@ -166,6 +166,20 @@ def test_bad_directories(trained, tmp_path):
     load_tokenizer(tmp_path)
 
 
+def test_short_texts(tmp_path, trained):
+  """A vocabulary of another length differs in nothing else: the same tokens, cut and padded to it, to diffusers too."""
+  short = train_tokenizer(TEXTS, tmp_path, 700, length=8)
+  long, end = trained(PROBES), trained.vocab_size - 1
+  ids = short(PROBES)
+  assert ids.shape == (len(PROBES), 8)
+  for row, full in zip(ids, long):
+    whole = full[: list(full).index(end) + 1]
+    expected = whole if len(whole) <= 8 else [*whole[:7], end]
+    assert row.tolist() == [*expected, *[short.pad_id] * (8 - len(expected))]
+  assert CLIPTokenizer.from_pretrained(str(tmp_path)).model_max_length == 8
+  assert short.content_hash() != trained.content_hash()
+
+
 def test_vocabulary_verb(tmp_path, capsys):
   schema = Schema((
     Attribute("age", "continuous", low=0, high=100, bins=(40,), unit="year"),
@@ -189,4 +203,7 @@ def test_vocabulary_verb(tmp_path, capsys):
   assert cli.run(vocabulary.main, "vocabulary", argv) == 2
   assert re.fullmatch(r"vocabulary: error: .*not empty.*\n", capsys.readouterr().err)
   assert cli.run(vocabulary.main, "vocabulary", [*argv[:3], str(tmp_path / "new"), "--size", "9"]) == 2
+  for length in ("2", "78"):
+    assert cli.run(vocabulary.main, "vocabulary", [*argv[:3], str(tmp_path / "new"), "--length", length]) == 2
+    assert f"text length {length}: 3 to 77" in capsys.readouterr().err
   assert not (tmp_path / "new").exists() and not list(tmp_path.glob("*partial*"))

@@ -206,6 +206,7 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
     ("--config.data.image_size=64", "prepare larger"),
     ("--config.data.image_size=30", "multiple of 4"),
     ("--config.text_encoder.vocab_size=520", "set it to at least"),
+    ("--config.text_encoder.max_position_embeddings=39", "gives 40 tokens a text"),
     ("--config.train_text_encoder=False", "a frozen text encoder needs weights"),
     ("--config.conditioner.d_ctx=32", "must be equal"),
     ("--config.conditioner.attributes=('age','height')", "height"),

@@ -14,7 +14,7 @@ more shards and `attributes-<split>.npz`, the attribute columns of all its recor
 A latent set (`data_prep.encode_latents`) has `latents.json` beside them, and instead of the image
 
   moments     the VAE's posterior mean and log-variance: bfloat16, little-endian, in the shape that latents.json gives
-  input_ids   token ids of the prompt, int32 [77]
+  input_ids   token ids of the prompt, int32, as many as the tokenizer pads to: 77 for CLIP's
 """
 
 import copy
@@ -36,7 +36,6 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
-from compdiff_jax.data.tokenizer import CONTEXT_LENGTH
 
 SPLITS = ("train", "val", "test")
 _FORMAT = "array_record"
@@ -53,7 +52,7 @@ def features(schema: Schema, latents: bool = False) -> tfds.features.FeaturesDic
   """The TFDS feature description of one record. Bytes live in `Text`: TFDS writes those without TensorFlow."""
   text = tfds.features.Text
   picture = (
-    {"moments": text(), "input_ids": tfds.features.Tensor(shape=(CONTEXT_LENGTH,), dtype=np.int32)}
+    {"moments": text(), "input_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32)}
     if latents
     else {"image": text()}
   )
@@ -308,7 +307,8 @@ class ExampleParser:
     flat = dict(description.get_tensor_info())
     flat |= {f"attributes/{name}": info for name, info in flat.pop("attributes").items()}
     self._fields = [
-      (name, self._LISTS[np.dtype(info.np_dtype).kind], info.shape, info.np_dtype) for name, info in flat.items()
+      (name, self._LISTS[np.dtype(info.np_dtype).kind], [-1 if n is None else n for n in info.shape], info.np_dtype)
+      for name, info in flat.items()
     ]
 
   def __call__(self, data: bytes) -> dict[str, Any]:

@@ -24,11 +24,11 @@ class Tokenizer:
 
   Attributes:
     directory: where the files came from.
-    length: tokens per text, 77.
+    length: tokens per text, at most 77.
     vocab_size: number of tokens, which is the number of rows of the text encoder's embedding.
     pad_id: token after the end; "!" (0) in SD 2.x files, the end token in SD 1.x files. The text encoder does not mask
       padding, so the id matters.
-    empty_ids: int32 [77], the tokens of the empty text.
+    empty_ids: int32 [length], the tokens of the empty text.
   """
 
   def __init__(self, backend, directory: Path):
@@ -41,7 +41,7 @@ class Tokenizer:
     self.empty_ids = self([""])[0]
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
-    """int32 [N, 77]: start, text (cut where needed), end, padding."""
+    """int32 [N, length]: start, text (cut where needed), end, padding."""
     if not len(texts):
       return np.zeros([0, self.length], np.int32)
     batch = self._backend(list(texts), padding="max_length", truncation=True, max_length=self.length)
@@ -78,16 +78,19 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     raise InputError(f"{directory} is not a CLIP tokenizer: {' '.join(str(error).split())}") from None
 
 
-def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int, length: int = CONTEXT_LENGTH) -> Tokenizer:
   """Trains byte-level BPE on `texts` and writes it to `out` in CLIP's format.
 
   Token order is CLIP's: 256 bytes, 256 bytes that end a word, merges, start, end. So every text can be encoded, and
   the end token has the largest id. The vocabulary is smaller than `vocab_size` when the texts have too few repetitions.
+  A text is cut and padded to `length` tokens, start and end among them; fewer cost less.
   """
   if vocab_size < SMALLEST_VOCABULARY:
     raise InputError(
       f"vocabulary size {vocab_size}: at least {SMALLEST_VOCABULARY} (every byte and two special tokens)"
     )
+  if not 3 <= length <= CONTEXT_LENGTH:
+    raise InputError(f"text length {length}: 3 to {CONTEXT_LENGTH} tokens, start and end among them")
   alphabet = _byte_alphabet()
   base = [*alphabet, *(byte + _END_OF_WORD for byte in alphabet)]
   merges = _train_merges(texts, base, vocab_size)
@@ -103,7 +106,7 @@ def train_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int) -> T
   special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
   config = {
     "tokenizer_class": "CLIPTokenizer",
-    "model_max_length": CONTEXT_LENGTH,
+    "model_max_length": length,
     "do_lower_case": True,
     "add_prefix_space": False,
     "errors": "replace",
