@@ -86,7 +86,7 @@ def phantom(name: str) -> ml_collections.ConfigDict:
   config.loss.kl = 1e-4
   config.loss.kl_anneal_steps = 500
   config.vae_training.update(steps=300, batch_size=8)
-  config.train.update(steps=600, batch_size=16, learning_rate=1e-3, warmup_steps=100, ema_decay=0.995)
+  config.train.update(steps=600, batch_size=16, learning_rate=4e-3, warmup_steps=100, ema_decay=0.995)
   config.sample.update(num_steps=20, guidance=2.0, batch_size=40)
   config.logging.update(log_every=50, checkpoint_every=300, sample_every=1000)
   return config

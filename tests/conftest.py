@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parents[1]
 # for a machine on which thirty other programs compute.
 PATIENCE = 3600
 
-# Overrides of configs/demo.py that make a training step take milliseconds.
+# Overrides of hcn_config.py that make a training step take milliseconds.
 TINY = (
   "--config.data.image_size=32",
   "--config.vae.block_out_channels=(8,8,8)",
@@ -92,7 +92,7 @@ def workspace(tmp_path_factory) -> Path:
 
 def config_arguments(workspace: Path) -> list[str]:
   return [
-    f"--config={REPOSITORY / 'configs' / 'demo.py'}",
+    f"--config={REPOSITORY / 'tests' / 'hcn_config.py'}",
     f"--config.data.path={workspace / 'data'}",
     f"--config.weights.vae={workspace / 'vae'}",
     f"--config.weights.tokenizer={workspace / 'tokenizer'}",

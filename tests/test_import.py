@@ -187,7 +187,7 @@ def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails
 
   monkeypatch.setattr(train, "make_train_step", lambda *_: idle)  # compiling the real one takes longer than the rest
   arguments = [
-    f"--config={REPOSITORY / 'configs' / 'demo.py'}",
+    f"--config={REPOSITORY / 'tests' / 'hcn_config.py'}",
     f"--config.data.path={workspace / 'data'}",
     f"--config.init={tmp_path / 'imported'}",
     "--config.data.image_size=32",
