@@ -209,7 +209,8 @@ def test_a_sampler_is_as_many_networks_as_its_steps(setting):
 
   shape = jax.ShapeDtypeStruct
   params = {name: model.component(name).shapes for name in ("unet", "vae", "text_encoder", "conditioner")}
-  ids, latents = shape((12, 77), jnp.int32), shape((12, *model.latent_shape), jnp.float32)
+  ids = shape((12, model.text_config.max_position_embeddings), jnp.int32)
+  latents = shape((12, *model.latent_shape), jnp.float32)
   context = jax.eval_shape(model.unconditional_context, params, ids)
   unet = count_flops(model.unet, params["unet"], latents, shape((12,), jnp.float32), *context)
   text = count_flops(model.unconditional_context, params, ids)
