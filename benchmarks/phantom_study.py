@@ -21,6 +21,7 @@ from benchmarks import study_runs
 from benchmarks.study_runs import Budget, Study
 from compdiff_jax import cli
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.data.records import RecordSet
 from data_prep.dataset import write_dataset
 from data_prep.phantom import __main__ as phantom
 from data_prep.phantom.population import SCHEMA, PhantomImages, row, visit_of
@@ -69,8 +70,10 @@ def main(argv: list[str]) -> None:
   if args.job:
     study_runs.run_job(study, args)
     return
-  images, *real = SIZES[form]
-  prepare(args.out, images, *(args.real or real))
+  images, seen, held_out = SIZES[form]
+  if args.real:
+    seen, held_out = args.real
+  prepare(args.out, images, seen, held_out)
   on_cpu = args.quick or os.environ.get("JAX_PLATFORMS", "") == "cpu"
   study_runs.run(study, _MODULE, argv, args, on_cpu=on_cpu, title="Phantom study")
 
@@ -87,8 +90,12 @@ def prepare(out: Path, images: int, seen: int, held_out: int) -> None:
   if not (out / "data" / "dataset_info.json").exists():
     options = ["--num", images, "--size", IMAGE_SIZE, "--seed", _POPULATION, "--holdout", ";".join(HELD_OUT)]
     phantom.main(["--out", str(out / "data"), *map(str, options)])
-  if not (out / "reference" / "dataset_info.json").exists():
-    write_reference(out / "reference", seen, held_out)
+  reference = out / "reference"
+  if not (reference / "dataset_info.json").exists():
+    write_reference(reference, seen, held_out)
+  size = seen * (len(SCHEMA.cells()) - len(HELD_OUT)) + held_out * len(HELD_OUT)
+  if (found := RecordSet(reference).splits["test"]) != size:
+    raise cli.InputError(f"{reference} has {found} images and not {size}; go on with its sizes (--real) or a new --out")
 
 
 def write_reference(path: Path, seen: int, held_out: int, schema: Schema = SCHEMA) -> None:

@@ -55,6 +55,14 @@ def test_sizes_of_the_reference_that_are_none(capsys, tmp_path):
   assert not (tmp_path / "new").exists()
 
 
+def test_a_study_goes_on_with_the_sizes_it_has(tmp_path):
+  """Another --real than that of the reference that is there would change nothing: refused."""
+  phantom_study.prepare(tmp_path, 400, 1, 2)
+  phantom_study.prepare(tmp_path, 400, 1, 2)
+  with pytest.raises(cli.InputError, match="has 40 images and not 48"):
+    phantom_study.prepare(tmp_path, 400, 1, 3)
+
+
 def test_reference_is_balanced_and_has_one_image_a_patient(tmp_path):
   phantom_study.write_reference(tmp_path / "reference", seen=1, held_out=2)
   source = RecordSet(tmp_path / "reference").split("test")
