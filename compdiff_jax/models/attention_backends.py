@@ -181,30 +181,34 @@ def _heads_in_turn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Ar
 
 
 def _heads_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  def head(inputs):
+  def head(_, inputs):
     query, key, value = inputs
     scores = query @ key.T
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1, keepdims=True)
-    return weights @ value / total, (largest + jnp.log(total))[:, 0]
+    return None, (weights @ value / total, (largest + jnp.log(total))[:, 0])
 
-  out, log_totals = jax.lax.map(head, (query, key, value))
+  # Four heads a turn, for where one waits for its only thread: a row maximum, or a thin product.
+  _, (out, log_totals) = jax.lax.scan(head, None, (query, key, value), unroll=4)
   return out, (query, key, value, out, log_totals)
 
 
 def _heads_backward(kept: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, ...]:
-  """Gradients by query, key and value. Sums over queries multiply transposed scores, which are computed once more: a
-  CPU's matrix product along the first axis of a large matrix takes longer than that."""
+  """Gradients by query, key and value.
+
+  Sums over queries contract the first axis of the scores, which a CPU would transpose. As products from the left it
+  transposes queries and cotangents instead; the barriers keep the compiler from turning them round again.
+  """
 
   def head(inputs):
     query, key, value, out, log_totals, cotangent = inputs
-    shift = (out * cotangent).sum(-1)
+    shift = (out * cotangent).sum(-1, keepdims=True)
     weights = jnp.exp(query @ key.T - log_totals[:, None])
-    of_scores = weights * (cotangent @ value.T - shift[:, None])
-    weights_t = jnp.exp(key @ query.T - log_totals)
-    of_scores_t = weights_t * (value @ cotangent.T - shift)
-    return of_scores @ key, of_scores_t @ query, weights_t @ cotangent
+    of_scores = weights * (cotangent @ value.T - shift)
+    query_t, cotangent_t = jax.lax.optimization_barrier((query.T, cotangent.T))
+    of_key_t, of_value_t = jax.lax.optimization_barrier((query_t @ of_scores, cotangent_t @ weights))
+    return of_scores @ key, of_key_t.T, of_value_t.T
 
   return jax.lax.map(head, (*kept, cotangent))
 

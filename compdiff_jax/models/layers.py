@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 
 from compdiff_jax.cli import InputError
+from compdiff_jax.models.convolution import convolution
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -103,9 +104,7 @@ class Conv(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(self.dtype)
-    y = lax.conv_general_dilated(
-      x.astype(self.dtype), kernel, self.strides, self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    y = convolution(x.astype(self.dtype), kernel, self.strides, self.padding)
     return y + self.bias[...].astype(self.dtype)
 
 
