@@ -30,7 +30,7 @@ _MAX_BYTES = 2**25
 
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
-  """[B, h, w, in] and [kh, kw, in, out] -> [B, h', w', out]: the one entry point of every convolution here."""
+  """[B, h, w, in] and [kh, kw, in, out] -> [B, h', w', out]: the one entry point of the networks' convolutions."""
   plain = lambda x, kernel: lax.conv_general_dilated(  # noqa: E731
     x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
