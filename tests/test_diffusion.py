@@ -1,11 +1,15 @@
 """Noise schedule, objective and guidance against diffusers' schedulers."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from jax.sharding import NamedSharding
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.diffusion import objective
@@ -67,6 +71,16 @@ def test_guidance_is_linear_in_the_scale_and_one_is_none():
   np.testing.assert_allclose(out(1.0), model(sample, timesteps, conditional), rtol=1e-5)
   np.testing.assert_allclose(out(0.0), model(sample, timesteps, unconditional), rtol=1e-5)
   np.testing.assert_allclose(out(3.0), out(0.0) + 3 * (out(1.0) - out(0.0)), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_moves_no_row_to_another_device():
+  model = lambda sample, timesteps, context: jnp.tanh(sample * context.mean((1, 2))[:, None, None, None])  # noqa: E731
+  rows = NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
+  sample, timesteps, *contexts = jax.device_put([_draw(0, (16, 4, 4, 2)), np.zeros(16), *_draw(1, (2, 16, 5, 2))], rows)
+  guided = lambda *args: classifier_free_guidance(model, *args[2:], 5.0, 0.5)(*args[:2])  # noqa: E731
+  compiled = jax.jit(guided, out_shardings=rows).lower(sample, timesteps, *contexts).compile().as_text()
+  assert "f32[2," in compiled  # a device's own two rows
+  assert not re.findall(r"all-gather|all-to-all|collective-permute|all-reduce", compiled)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])

@@ -47,11 +47,11 @@ def composed_guidance(
       (Lin et al. 2024, Eq. 15 and 16).
   """
   count = len(contexts)
-  joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *contexts)
+  joined = jax.tree.map(_interleave, *contexts)
 
   def predict(sample, timesteps):
-    output = model(jnp.concatenate([sample] * count), jnp.concatenate([timesteps] * count), joined)
-    outputs = jnp.split(output.astype(jnp.float32), count)
+    output = model(_interleave(*[sample] * count), _interleave(*[timesteps] * count), joined).astype(jnp.float32)
+    outputs = jnp.unstack(output.reshape(-1, count, *output.shape[1:]), axis=1)
     guided = outputs[0] + sum(weight * (outputs[i] - outputs[j]) for i, j, weight in terms)
     if not rescale:
       return guided
@@ -59,3 +59,8 @@ def composed_guidance(
     return guided * (1 - rescale + rescale * std(outputs[1]) / std(guided))
 
   return predict
+
+
+def _interleave(*parts: jax.Array) -> jax.Array:
+  """n of [B, …] -> [n B, …], the n of a row next to each other, so that no row of a batch leaves its device."""
+  return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
