@@ -8,6 +8,7 @@ Winograd's F(2x2, 3x3) computes four outputs from a tile of 4x4 inputs with 16 m
 and channels, each of the 16 is a matrix product. Sums of float32 numbers differ from the plain ones by rounding only.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ _TILE = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))  # B^T
 _FILTER = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))  # G
 _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
 
+# Strides and padding of a 3x3 convolution that keeps height and width.
+_ONE = (1, 1)
+_KEEP = ((1, 1), (1, 1))
 # Multiplications from which on a convolution repays its transforms, here and in compilation.
 _MIN_WORK = 2**28
 # Transformed inputs and outputs, in bytes: what no cache holds takes longer to write and read than the products save.
@@ -31,12 +35,14 @@ _MAX_BYTES = 2**25
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
   """[B, h, w, in] and [kh, kw, in, out] -> [B, h', w', out]: the one entry point of the networks' convolutions."""
-  plain = lambda x, kernel: lax.conv_general_dilated(  # noqa: E731
-    x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
+  plain = functools.partial(_plain, strides=strides, padding=padding)
   if winograd_takes(x, kernel, strides, padding):
     return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
   return plain(x, kernel)
+
+
+def _plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = _ONE, padding: Padding = _KEEP) -> jax.Array:
+  return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def winograd_takes(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> bool:
@@ -46,8 +52,8 @@ def winograd_takes(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pa
   return (
     x.dtype == jnp.float32
     and size == (3, 3)
-    and strides == (1, 1)
-    and padding == ((1, 1), (1, 1))
+    and strides == _ONE
+    and padding == _KEEP
     and x.shape[1] % 2 == x.shape[2] % 2 == 0
     and pixels * math.prod(kernel.shape) >= _MIN_WORK
     and 4 * pixels * sum(channels) * x.dtype.itemsize <= _MAX_BYTES
@@ -71,10 +77,8 @@ def _winograd_backward(inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array
   x, kernel = inputs
   of_outputs = _transform(_transposed(_OUTPUT), [[cotangent[:, i::2, j::2] for j in range(2)] for i in range(2)])
   of_tiles = [[tile @ filter_.T for tile, filter_ in zip(*row)] for row in zip(of_outputs, _filters(kernel))]
-  plain = lambda kernel: lax.conv_general_dilated(  # noqa: E731
-    x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-  )
-  return _overlap(_transform(_transposed(_TILE), of_tiles)), jax.linear_transpose(plain, kernel)(cotangent)[0]
+  (of_kernel,) = jax.linear_transpose(functools.partial(_plain, x), kernel)(cotangent)
+  return _overlap(_transform(_transposed(_TILE), of_tiles)), of_kernel
 
 
 winograd.defvjp(_winograd_forward, _winograd_backward)
