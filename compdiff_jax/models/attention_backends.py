@@ -158,11 +158,11 @@ def _heads_first(x: jax.Array) -> jax.Array:
 
 
 def by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """Attention, one head of one image at a time; shapes as in `attention`.
+  """Attention, head by head; shapes as in `attention`.
 
   On a CPU the scores of a whole batch, 134 MB for 8 images, 4 heads and 1,024 tokens, cost far more to write and read
-  than to compute. Those of one head stay in the cache. The gradient computes them again, as flash attention does (Dao
-  et al. 2022, algorithm 4).
+  than to compute. Those of a few heads stay in the cache. The gradient computes them again, as flash attention does
+  (Dao et al. 2022, algorithm 4).
   """
   return _on_every_device(_by_head_on_one_device, query, key, value)
 
@@ -189,7 +189,7 @@ def _heads_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[
     total = weights.sum(-1, keepdims=True)
     return None, (weights @ value / total, (largest + jnp.log(total))[:, 0])
 
-  # Four heads a turn, for where one waits for its only thread: a row maximum, or a thin product.
+  # Four heads a turn: parts of one head that have a single thread leave the other cores to the others.
   _, (out, log_totals) = jax.lax.scan(head, None, (query, key, value), unroll=4)
   return out, (query, key, value, out, log_totals)
 
