@@ -60,8 +60,9 @@ at once (818 s of one core, 2026-11-26).
 
 The sampler at full size, `compdiff compile --config=configs/chest/compdiff.py --topology=v5e:4x4 --program=sample
 --config.sample.batch_size=128`: DDPM with 75 steps and guidance, decoding included, takes 7.3 of 16 GiB and by the
-compiler's estimate 7.6 s a batch, 1.05 images/s a chip. A chip sends 0.24 GiB, since guidance joins two batches that
-are spread over the chips (716 s to compile on one core; 2026-11-26, libtpu 0.0.42).
+compiler's estimate 7.2 s a batch, 1.12 images/s a chip. Chips send nothing to each other: guidance puts the variants of
+a row next to each other (joined end to end they took 0.24 GiB a chip, and 7.6 s a batch). 1,234 s to compile beside
+other work; 2026-11-27, libtpu 0.0.42.
 
 ## From 8 to 256 chips and two slices
 

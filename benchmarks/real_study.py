@@ -32,7 +32,7 @@ NETWORKS = {
   "vae.up_block_types": ("UpDecoderBlock2D",) * 4,
   "unet.sample_size": _SIZE // 8,
 }
-BUDGET = Budget(vae_steps=500, vae_batch_size=16, steps=300, batch_size=32, learning_rate=1e-3, min_n=10)
+BUDGET = Budget(vae_steps=500, vae_batch_size=16, steps=300, batch_size=32, learning_rate=4e-3, min_n=10)
 _GRADES = {"no DR": "no DR", "mild": "NPDR", "moderate": "NPDR", "severe": "NPDR"}  # the others: PDR
 
 
