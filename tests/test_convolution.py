@@ -25,7 +25,7 @@ def _torch(x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray) -> list[np.
   nchw = lambda array: torch.from_numpy(array).double().permute(0, 3, 1, 2)  # noqa: E731
   inputs = nchw(x).requires_grad_()
   weight = torch.from_numpy(kernel).double().permute(3, 2, 0, 1).requires_grad_()
-  y = torch.nn.functional.conv2d(inputs, weight, padding=1)
+  y = torch.nn.functional.conv2d(inputs, weight, padding=len(kernel) // 2)
   of_inputs, of_weight = torch.autograd.grad(y, (inputs, weight), nchw(cotangent))
   return [
     y.detach().permute(0, 2, 3, 1).numpy(),
@@ -61,7 +61,8 @@ def test_a_mesh_splits_it():
   ("shape", "kernel", "dtype", "strides", "padding"),
   [
     ((8, 32, 32, 64), (3, 3, 64, 64), jnp.bfloat16, ONE, PAD),
-    ((8, 32, 32, 64), (1, 1, 64, 640), jnp.float32, ONE, ((0, 0), (0, 0))),
+    ((8, 32, 32, 64), (1, 1, 64, 640), jnp.float32, (2, 2), ((0, 0), (0, 0))),
+    ((8, 32, 32, 64), (1, 1, 64, 640), jnp.float32, ONE, PAD),
     ((8, 32, 32, 64), (3, 3, 64, 64), jnp.float32, (2, 2), PAD),
     ((8, 32, 32, 64), (3, 3, 64, 64), jnp.float32, ONE, ((0, 1), (0, 1))),
     ((8, 33, 32, 64), (3, 3, 64, 64), jnp.float32, ONE, PAD),
@@ -75,6 +76,16 @@ def test_what_it_does_not_take_is_computed_plainly(shape, kernel, dtype, strides
   assert not winograd_takes(x, kernel, strides, padding)
   jaxpr = jax.make_jaxpr(lambda x, kernel: convolution(x, kernel, strides, padding))(x, kernel)
   assert [equation.primitive.name for equation in jaxpr.eqns] == ["conv_general_dilated"]
+
+
+def test_a_1x1_convolution_is_a_product():
+  x, kernel, cotangent = _draw((2, 4, 6, 5), 7)
+  kernel = kernel[1:2, 1:2]
+  function = lambda x, kernel: convolution(x, kernel, ONE, ((0, 0), (0, 0)))  # noqa: E731
+  text = jax.jit(function).lower(x, kernel).as_text()
+  assert "dot_general" in text and "convolution" not in text
+  for ours, theirs in zip(_with_gradients(function, x, kernel, cotangent), _torch(x, kernel, cotangent)):
+    np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])

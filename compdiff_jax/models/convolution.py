@@ -1,5 +1,6 @@
 """2D convolution: one function, computed by what suits the platform it is compiled for.
 
+  1x1      a product with the kernel; on a CPU, with its gradients, in about half the time of a convolution
   CPU      3x3 convolutions in float32 by Winograd's minimal filtering, where what it keeps fits in the cache
   else     XLA
 
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from compdiff_jax.models.product import product
+
 Padding = tuple[tuple[int, int], tuple[int, int]]
 Matrix = Sequence[Sequence[float]]
 Grid = Sequence[Sequence[jax.Array]]  # arrays of one shape, for each row and column of a tile
@@ -27,6 +30,7 @@ _OUTPUT = ((1, 1, 1, 0), (0, 1, -1, -1))  # A^T
 # Strides and padding of a 3x3 convolution that keeps height and width.
 _ONE = (1, 1)
 _KEEP = ((1, 1), (1, 1))
+_NONE = ((0, 0), (0, 0))
 # Multiplications from which on a convolution repays its transforms, here and in compilation.
 _MIN_WORK = 2**28
 # Transformed inputs and outputs, in bytes: what no cache holds takes longer to write and read than the products save.
@@ -35,6 +39,8 @@ _MAX_BYTES = 2**25
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
   """[B, h, w, in] and [kh, kw, in, out] -> [B, h', w', out]: the one entry point of the networks' convolutions."""
+  if kernel.shape[:2] == strides == _ONE and padding == _NONE:
+    return product(x, kernel[0, 0])
   plain = functools.partial(_plain, strides=strides, padding=padding)
   if winograd_takes(x, kernel, strides, padding):
     return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)

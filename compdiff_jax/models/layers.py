@@ -13,6 +13,7 @@ from jax import lax
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.models.convolution import convolution
+from compdiff_jax.models.product import product
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -44,24 +45,6 @@ def torch_uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Pa
   return nnx.Param(draws.reshape(shape))
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x @ kernel, [..., in] x [in, out] -> [..., out].
-
-  The gradient of the kernel is the one that JAX would derive, but not as the transpose of a product in the other order:
-  a CPU would transpose the whole cotangent first, which takes longer than the product.
-  """
-  return x @ kernel
-
-
-def _product_gradients(inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-  x, kernel = inputs
-  return cotangent @ kernel.T, jnp.tensordot(x, cotangent, (tuple(range(x.ndim - 1)),) * 2)
-
-
-_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_gradients)
-
-
 class Dense(nnx.Module):
   """Linear map of the last axis, [..., in] -> [..., out]."""
 
@@ -73,7 +56,7 @@ class Dense(nnx.Module):
   def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
     """All output features, or those of `columns` alone."""
     kernel = self.kernel[:, columns].astype(self.dtype)
-    y = _product(x.astype(self.dtype), kernel)
+    y = product(x.astype(self.dtype), kernel)
     return y if self.bias is None else y + self.bias[columns].astype(self.dtype)
 
 
