@@ -299,9 +299,10 @@ def _plot_shares(path: Path, study: Study, methods: Sequence[str]) -> None:
   shares = [100 * study.shares[cell] for cell in study.seen]
   for method in methods:
     values = [study.distance(method, cell).mean for cell in study.seen]
-    slope, start = np.polyfit(np.log(shares), values, 1)
-    axes.scatter(shares, values, s=14, color=_colour(method), alpha=0.6)
-    axes.plot(shares, start + slope * np.log(shares), color=_colour(method), label=LABELS[method])
+    axes.scatter(shares, values, s=14, color=_colour(method), alpha=0.6, label=LABELS[method])
+    if len(set(shares)) > 1:  # through one share goes no line
+      slope, start = np.polyfit(np.log(shares), values, 1)
+      axes.plot(shares, start + slope * np.log(shares), color=_colour(method))
   axes.set_yscale("symlog", linthresh=1)  # an unbiased KID may be negative
   axes.set(xscale="log", xlabel="share of training images in the cell (%)", ylabel="KID to real images of the cell")
   axes.legend(frameon=False, fontsize=8)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import os
 import types
+import warnings
 from pathlib import Path
 
 import jax
@@ -159,6 +160,15 @@ def test_tables_and_margins(tmp_path, monkeypatch):
     assert [row[4] for row in csv.reader(file)] == ["held out, % above text baseline", "", "-7.92 (-8.08 to -7.77)"]
   for name in ("distance_by_share.png", "held_out.png"):
     assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_one_seen_cell_has_no_trend(tmp_path):
+  figure = study_report.Figure.of([1.0, 2.0], [0.1, 0.1])
+  study = types.SimpleNamespace(seen=_CELLS[:1], shares={_CELLS[0]: 0.2}, distance=lambda *_: figure)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error", np.exceptions.RankWarning)
+    study_report._plot_shares(tmp_path / "plot.png", study, ["baseline", "compdiff"])
+  assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_a_run_that_was_stopped_is_not_sampled(tmp_path, monkeypatch):
