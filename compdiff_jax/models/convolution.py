@@ -1,7 +1,7 @@
 """2D convolution: one function, computed by what suits the platform it is compiled for.
 
-  1x1      a product with the kernel; on a CPU, with its gradients, in about half the time of a convolution
-  CPU      3x3 convolutions in float32 by Winograd's minimal filtering, where what it keeps fits in the cache
+  CPU      1x1 convolutions as products with the kernel
+           3x3 convolutions in float32 by Winograd's minimal filtering, where what it keeps fits in the cache
   else     XLA
 
 Winograd's F(2x2, 3x3) computes four outputs from a tile of 4x4 inputs with 16 multiplications a channel instead of 36
@@ -39,12 +39,17 @@ _MAX_BYTES = 2**25
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
   """[B, h, w, in] and [kh, kw, in, out] -> [B, h', w', out]: the one entry point of the networks' convolutions."""
-  if kernel.shape[:2] == strides == _ONE and padding == _NONE:
-    return product(x, kernel[0, 0])
   plain = functools.partial(_plain, strides=strides, padding=padding)
+  if kernel.shape[:2] == strides == _ONE and padding == _NONE:
+    return lax.platform_dependent(x, kernel, cpu=_pointwise, default=plain)
   if winograd_takes(x, kernel, strides, padding):
     return lax.platform_dependent(x, kernel, cpu=winograd, default=plain)
   return plain(x, kernel)
+
+
+def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[B, h, w, in] and [1, 1, in, out] -> [B, h, w, out]: on a CPU in half the time, on a TPU with 1 % more bytes."""
+  return product(x, kernel[0, 0])
 
 
 def _plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = _ONE, padding: Padding = _KEEP) -> jax.Array:

@@ -9,8 +9,8 @@ from jax import lax
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """x @ kernel, [..., in] x [in, out] -> [..., out].
 
-  The gradients are those that JAX would derive. But a CPU has to transpose one side of the kernel's gradient, which can
-  take longer than the product, and JAX's own form leaves it the wider one.
+  The gradients are those that JAX would derive. But for that of the kernel a CPU has to transpose one of the sides,
+  which can take longer than the product itself: here it is the narrower one, in JAX's own form always the cotangent.
   """
   return x @ kernel
 
