@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from compdiff_jax import sharding
-from compdiff_jax.ahead_of_time.chips import chip, topology_devices
+from compdiff_jax.ahead_of_time.chips import chip, compiler_options, topology_devices
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program
 from compdiff_jax.ahead_of_time.report import memory, work
@@ -161,10 +161,12 @@ def pieces(shapes: _Shapes, backend: str) -> dict[str, Callable[[], Traceable]]:
   }
 
 
-def figures(part: Traceable, mesh: jax.sharding.Mesh, rows: int, donate: bool) -> dict[str, float]:
-  """What is known of a compiled part."""
+def figures(
+  part: Traceable, mesh: jax.sharding.Mesh, rows: int, donate: bool, options: dict[str, str]
+) -> dict[str, float]:
+  """What is known of a part that is compiled with these options."""
   function, arguments = part
-  traced = jax.jit(function, donate_argnums=0 if donate else ()).trace(*arguments)
+  traced = jax.jit(function, donate_argnums=0 if donate else (), compiler_options=options).trace(*arguments)
   started = time.monotonic()
   compiled = traced.lower().compile()
   seconds = round(time.monotonic() - started, 1)
@@ -188,8 +190,11 @@ def main() -> None:
   for part in args.parts.split(","):
     if part not in known:
       parser.error(f"--parts {part!r}; known: {', '.join(known)}")
-    found = figures(known[part](), mesh, args.rows, donate=part in ("step", "peer"))
-    line = {"part": part, "topology": args.topology, "rows": args.rows, "attention": args.attention, **found}
+    # Ours as a run compiles it, the peer as its own training script would.
+    options = {} if part == "peer" else compiler_options(devices[0])
+    found = figures(known[part](), mesh, args.rows, part in ("step", "peer"), options)
+    line = {"part": part, "topology": args.topology, "rows": args.rows, "attention": args.attention}
+    line |= {"compiler_options": options, **found}
     print(json.dumps(line), flush=True)
 
 

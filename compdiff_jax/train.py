@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from compdiff_jax import cli, distributed, sharding
-from compdiff_jax.ahead_of_time.chips import chip
+from compdiff_jax.ahead_of_time.chips import chip, compiler_options
 from compdiff_jax.ahead_of_time.program import model_flops
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
@@ -154,6 +154,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=compiler_options(mesh.devices.flat[0]),
   )
   learning_rate = learning_rate_schedule(config.train)
   generate = make_generate(

@@ -17,10 +17,7 @@ type=$1
 shift
 # A run that was stopped before its last step ends with 75, so that the job is not taken for done.
 command="compdiff train --stopped_status=75 $(printf '%q ' "$@")"
-# XLA flags for the TPU, yours or, on v5p, ours (launch/README.md says why).
-if [[ $type == v5p* ]]; then
-  : "${LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=65536}"
-fi
+# Your XLA flags for the TPU.
 command="${LIBTPU_INIT_ARGS:+env $(printf '%q ' "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS")}$command"
 
 if [[ ${TOOL:-gcluster} == xpk ]]; then

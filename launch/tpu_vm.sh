@@ -40,10 +40,6 @@ install)
   ;;
 train)
   shift
-  # XLA flags for the TPU, yours or, on v5p, ours (launch/README.md says why).
-  if [[ ${TYPE:-} == v5p* ]]; then
-    : "${LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=65536}"
-  fi
   on_all "cd compdiff-jax && export JAX_COMPILATION_CACHE_DIR=\$PWD/bucket/compile_cache PYTHONUNBUFFERED=1 \
     LIBTPU_INIT_ARGS='${LIBTPU_INIT_ARGS:-}' && nohup .venv/bin/compdiff train $(printf '%q ' "$@") \
     >> train.log 2>&1 < /dev/null &"

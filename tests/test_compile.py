@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from conftest import REPOSITORY, config_arguments
 
 from compdiff_jax import cli, compile, sharding
 from compdiff_jax.ahead_of_time import suggest
-from compdiff_jax.ahead_of_time.chips import chip, is_torus, topology_devices
+from compdiff_jax.ahead_of_time.chips import chip, compiler_options, is_torus, topology_devices
 from compdiff_jax.ahead_of_time.flops import count_flops, count_jaxpr
 from compdiff_jax.ahead_of_time.hlo import Program
 from compdiff_jax.ahead_of_time.program import model_flops
@@ -395,6 +396,31 @@ def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path)
   crossing = sum(row["sent_bytes"] for row in facts["collectives"] if row["network"] == "DCN")
   # Each chip sends its quarter of the gradients to the other slice, and metrics.
   assert 1 < crossing / facts["memory"]["gradients"] < 1.05
+
+
+@pytest.mark.parametrize(
+  ("kind", "flags", "options"),
+  [
+    ("TPU v5", "", {"xla_tpu_scoped_vmem_limit_kib": "65536"}),
+    ("TPU v5", "--xla_a=1", {"xla_tpu_scoped_vmem_limit_kib": "65536"}),
+    ("TPU v5", "--xla_tpu_scoped_vmem_limit_kib=32768", {}),
+    ("TPU v5 lite", "", {}),
+    ("TPU v6 lite", "", {}),
+    ("NVIDIA H200", "", {}),
+    ("cpu", "", {}),
+  ],
+)
+def test_own_flags_go_before_the_step_s_compiler_options(monkeypatch, kind, flags, options):
+  monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+  assert compiler_options(types.SimpleNamespace(device_kind=kind)) == options
+
+
+@_TPU
+def test_a_v5p_takes_the_step_s_compiler_options(workspace, tmp_path):
+  done = _compile(workspace, "--topology=v5p:2x2x1", "--config.mesh.fsdp=4", f"--out={tmp_path / 'report.json'}")
+  assert done.returncode == 0, done.stderr
+  facts = json.loads((tmp_path / "report.json").read_text())
+  assert facts["device_kind"] == "TPU v5" and facts["compiler_options"] == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
 
 
 @_TPU

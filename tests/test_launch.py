@@ -81,10 +81,7 @@ def test_tpu_vm_script_creates_runs_and_deletes(call):
   assert status == 0 and "<queued-resources> <create> <n>" in calls[0] and "<--spot>" in calls[0]
   status, calls, _ = call("tpu_vm.sh", "train", *_TRAIN, **where)
   assert status == 0 and "<--worker=all>" in calls[0] and r"--workdir=/shared/a\ run" in calls[0]
-  assert "xla_tpu" not in calls[0]
-  flag = "--xla_tpu_scoped_vmem_limit_kib=65536"
-  assert f"LIBTPU_INIT_ARGS='{flag}'" in call("tpu_vm.sh", "train", *_TRAIN, **where | {"TYPE": "v5p-8"})[1][0]
-  assert flag not in call("tpu_vm.sh", "train", *_TRAIN, LIBTPU_INIT_ARGS="", **where | {"TYPE": "v5p-8"})[1][0]
+  assert "LIBTPU_INIT_ARGS='--xla_a=1'" in call("tpu_vm.sh", "train", LIBTPU_INIT_ARGS="--xla_a=1", **where)[1][0]
   status, calls, _ = call("tpu_vm.sh", "delete", **where)
   assert status == 0 and "<delete> <n>" in calls[0]
   assert call("tpu_vm.sh", "crate", **where)[0] == 2
@@ -99,9 +96,8 @@ def test_cluster_job_restarts_and_mounts_the_bucket(call, tool):
   assert status == 0 and calls[0].startswith(tool)
   assert "=v6e-16>" in calls[0] and "<--num-slices=2>" in calls[0]
   assert r"=compdiff train --stopped_status=75 --config=configs/demo.py --workdir=/shared/a\ run" in calls[0]
-  flag = "--xla_tpu_scoped_vmem_limit_kib=65536"
-  calls = call("gcluster.sh", "v5p-8", *_TRAIN, TOOL=tool, **where)[1]
-  assert f"=env LIBTPU_INIT_ARGS={flag} compdiff train --stopped_status=75" in calls[0]
+  calls = call("gcluster.sh", "v5p-8", *_TRAIN, TOOL=tool, LIBTPU_INIT_ARGS="--xla_a=1", **where)[1]
+  assert "=env LIBTPU_INIT_ARGS=--xla_a=1 compdiff train --stopped_status=75" in calls[0]
   assert call("gcluster.sh", "v6e-16", *_TRAIN)[0] != 0
 
 

@@ -24,6 +24,7 @@ class Chip:
     hbm_bandwidth: bytes per second.
     ici_bandwidth: bytes per second that it can send to its neighbours, over all links together; 0: not stated.
     dcn_bandwidth: its share of the host's network cards, bytes per second; 0: not stated.
+    vmem_limit: KiB of the fast memory on the chip that one instruction may use; None: the compiler's choice.
   """
 
   flops: float
@@ -31,6 +32,7 @@ class Chip:
   hbm_bandwidth: float
   ici_bandwidth: float = 0.0
   dcn_bandwidth: float = 0.0
+  vmem_limit: int | None = None
 
 
 _GIB = 2**30
@@ -38,11 +40,13 @@ _GIB = 2**30
 # By the names that `device_kind` gives; the first that it begins with counts. Links of TPUs are from the pages v4, v5e,
 # v5p and v6e of the Cloud TPU documentation, half of the bidirectional figure (v4: all-reduce bandwidth of a pod, 1.1
 # PB/s, over its 4,096 chips). Networks: v5e two cards of 100 Gbit/s for eight chips, v5p 50 Gbit/s a chip, both from
-# there; v6e four cards of 200 Gbit/s for eight chips, general knowledge; v4 is not stated.
+# there; v6e four cards of 200 Gbit/s for eight chips, general knowledge; v4 is not stated. The limit of v5p is that of
+# MaxDiffusion's guide; by the compiler's estimate more than the default gains nothing on v5e and v6e
+# (docs/benchmarks.md).
 CHIPS = {
   "TPU v4": Chip(275e12, 32 * _GIB, 1.2e12, 270e9),
   "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.82e12, 200e9, 3.125e9),
-  "TPU v5": Chip(459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9),  # v5p
+  "TPU v5": Chip(459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 65536),  # v5p
   "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9),
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * _GIB, 1.6e12),
   "NVIDIA A100": Chip(312e12, 80 * _GIB, 2.0e12),
@@ -53,6 +57,8 @@ CHIPS = {
   "NVIDIA H200": Chip(989e12, 141 * 10**9, 4.8e12),
 }
 
+_VMEM_LIMIT = "xla_tpu_scoped_vmem_limit_kib"
+
 # Generations, and how long a side of a slice must be for its links to close into a ring.
 _GENERATIONS = {"v4": 4, "v5e": 16, "v5p": 4, "v6e": 16}
 _MAX_CHIPS = 256
@@ -61,6 +67,17 @@ _MAX_CHIPS = 256
 def chip(device: Any) -> Chip | None:
   """The figures of a device, or None where they are not known."""
   return next((figures for kind, figures in CHIPS.items() if device.device_kind.startswith(kind)), None)
+
+
+def compiler_options(device: Any) -> dict[str, str]:
+  """Options of the compiler for a training step on this kind of device, as `jax.jit` takes them.
+
+  What `LIBTPU_INIT_ARGS` says of the same option goes before it.
+  """
+  figures = chip(device)
+  if figures is None or figures.vmem_limit is None or _VMEM_LIMIT in os.environ.get("LIBTPU_INIT_ARGS", ""):
+    return {}
+  return {_VMEM_LIMIT: str(figures.vmem_limit)}
 
 
 def topology_devices(name: str, slices: int) -> list[Any]:

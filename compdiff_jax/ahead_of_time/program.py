@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compdiff_jax import sharding
+from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
@@ -106,7 +107,9 @@ class TrainingStep:
       jax.tree.map(lambda leaf: _shape(leaf, whole), self._frozen),
       jax.tree.map(lambda leaf: _shape(leaf, rows), batch),
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole))
+    jitted = jax.jit(
+      step, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=compiler_options(mesh.devices.flat[0])
+    )
     state, gradients = self.bytes_per_device(mesh)
     return Program(jitted.trace(*arguments, config.seed), mesh, size, state, gradients)
 

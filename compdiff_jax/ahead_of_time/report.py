@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from compdiff_jax.ahead_of_time.chips import Chip, chip, is_torus
+from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, is_torus
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program, model_flops, trace
@@ -96,7 +96,8 @@ def _question(
   }
   if program == "sample":
     return facts | {"steps": config.sample.num_steps, "sampler": config.sample.sampler}
-  return facts | {"inputs": inputs, "accumulation": config.train.accumulation, "remat": config.remat}
+  facts |= {"inputs": inputs, "accumulation": config.train.accumulation, "remat": config.remat}
+  return facts | {"compiler_options": compiler_options(devices[0])}
 
 
 def out_of_memory(message: str, memory: Mapping[str, int]) -> dict[str, Any]:
