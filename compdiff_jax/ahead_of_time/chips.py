@@ -41,7 +41,7 @@ _GIB = 2**30
 # v5p and v6e of the Cloud TPU documentation, half of the bidirectional figure (v4: all-reduce bandwidth of a pod, 1.1
 # PB/s, over its 4,096 chips). Networks: v5e two cards of 100 Gbit/s for eight chips, v5p 50 Gbit/s a chip, both from
 # there; v6e four cards of 200 Gbit/s for eight chips, general knowledge; v4 is not stated. The limit of v5p is that of
-# MaxDiffusion's guide; by the compiler's estimate more than the default gains nothing on v5e and v6e
+# MaxDiffusion's guide; by the compiler's estimate more than the default gains little on v5e and costs time on v6e
 # (docs/benchmarks.md).
 CHIPS = {
   "TPU v4": Chip(275e12, 32 * _GIB, 1.2e12, 270e9),
