@@ -26,6 +26,8 @@ Params = Mapping[str, Mapping[str, jax.Array]]
 
 COMPONENTS = ("unet", "vae", "text_encoder", "conditioner", "lora")
 
+# What config.compute_dtype may be. Training in float16 would need its loss scaled, and a CPU cannot multiply it.
+DTYPES = ("float32", "bfloat16")
 # What config.upcast may name.
 UPCASTS = ("vae", "text_encoder", *UPCAST)
 
@@ -82,6 +84,8 @@ class LatentDiffusion:
     """Builds the networks abstractly; nothing is allocated. Raises InputError where the parts do not fit together."""
     if not config.weights.vae:
       raise InputError("config.weights.vae names no directory; train an autoencoder with compdiff train-vae")
+    if config.compute_dtype not in DTYPES:
+      raise InputError(f"config.compute_dtype {config.compute_dtype!r} must be {' or '.join(DTYPES)}")
     dtype = jnp.dtype(config.compute_dtype)
     upcast = tuple(config.upcast)
     for part in upcast:
@@ -131,9 +135,7 @@ class LatentDiffusion:
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
     options = {"remat": config.remat, "attention": config.attention, "upcast": upcast}
     unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype, **options, rngs=rngs))
-    # As diffusers has it, force_upcast keeps an autoencoder out of float16 alone.
-    whole_vae = "vae" in upcast or (dtype == jnp.float16 and vae_config.force_upcast)
-    vae_dtype = jnp.float32 if whole_vae else dtype
+    vae_dtype = jnp.float32 if "vae" in upcast else dtype
     text_dtype = jnp.float32 if "text_encoder" in upcast else dtype
     lora = None
     if config.lora.rank:

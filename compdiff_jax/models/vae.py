@@ -35,7 +35,7 @@ class VAEConfig:
     act_fn: the activation of the residual blocks; the last one of encoder and decoder is always SiLU.
     scaling_factor: the UNet sees latents times this factor; `encode` and `decode` leave it to the caller.
     sample_size: image height and width of training; kept for torch.
-    force_upcast: the values may overflow float16, so that computing in it is no choice for this autoencoder.
+    force_upcast: whether values may overflow float16, in which nothing computes here; kept for torch.
   """
 
   in_channels: int = 3
