@@ -11,13 +11,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from compdiff_jax.cli import InputError, nearest
+from compdiff_jax.limits import check_limits
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """The locked config of `path` with `overrides` ("--config.key=value") applied.
 
   Raises:
-    InputError: no such file, no `get_config`, an unknown key (the nearest one is named) or a value of another type.
+    InputError: no such file, no `get_config`, an unknown key (the nearest one is named), a value of another type or a
+      number outside its limits.
   """
   if not Path(path).is_file():
     raise InputError(f"config file {path} does not exist")
@@ -31,7 +33,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     if key not in known:
       raise InputError(f"{path} has no config key {key!r}{nearest(key, known)}")
   # The last value of a key counts; the flag library would join repeated tuples.
-  return _parse(path, list({override.split("=")[0]: override for override in overrides}.values()))
+  config = _parse(path, list({override.split("=")[0]: override for override in overrides}.values()))
+  check_limits(config)
+  return config
 
 
 def _parse(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

@@ -92,7 +92,7 @@ def fetch(array: jax.Array) -> np.ndarray:
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
   """Every device must get the same number of rows in every micro-batch."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulation
-  if accumulation < 1 or batch_size % ways:
+  if batch_size % ways:
     raise InputError(
       f"batch_size {batch_size} is not divisible by data x fsdp x accumulation = {ways}; choose a multiple of {ways}"
     )
@@ -100,7 +100,10 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 def parameter_spec(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh) -> PartitionSpec:
   """The first rule whose regex matches the whole name; else the largest axis divisible by fsdp; else replicated."""
-  for pattern, axes in rules:
+  for rule in rules:
+    if not isinstance(rule, tuple) or len(rule) != 2:
+      raise InputError(f"sharding rule {rule!r} must be a pair: a regular expression and a tuple of mesh axes")
+    pattern, axes = rule
     try:
       matches = re.fullmatch(pattern, name)
     except re.error as error:

@@ -31,7 +31,6 @@ from compdiff_jax.training.checks import (
   check_finite,
   check_intervals,
   check_metric,
-  check_seed,
   out_of_memory_advice,
   warn_of_empty_levels,
 )
@@ -66,7 +65,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   """Trains in `args.workdir`, from its latest checkpoint on; returns whether the last step was reached."""
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
-  check_seed(config.seed)
   profiled = parse_profile(args.profile, config.train.steps)
   sets = open_training_sets(config.data)
   schema = sets[0][0].schema
@@ -75,23 +73,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   if origin:
     config = origin.start(config, schema)
   model = LatentDiffusion.from_config(config, schema)
-  sampler_table = make_table(sampler_from_config(config.sample), model.schedule, config.sample.num_steps)
-  guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, model)
-  mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
-  optimizer = make_optimizer(config.train)
-  fairness = make_fairness(config, schema)
-  create = lambda params: TrainState.create(params, optimizer, fairness and fairness.create())  # noqa: E731
-  shapes = {name: model.component(name).shapes for name in model.trained}
-  abstract = jax.eval_shape(create, shapes)
-  shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
-  if distributed.is_writer():
-    print_overview(abstract, shardings, mesh, every_parameter=args.dry_run)
-  if args.dry_run:
-    print(json.dumps(to_plain(config), indent=2))
-    return True
-
-  # ---- Frozen networks and the run's directory
   tokenizer = load_tokenizer(config.weights.tokenizer)
   if tokenizer.vocab_size > model.text_config.vocab_size:
     raise cli.InputError(
@@ -103,6 +84,24 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       f"{config.weights.tokenizer} gives {tokenizer.length} tokens a text, text_encoder.max_position_embeddings is"
       f" {model.text_config.max_position_embeddings}; set it to at least that, or train the vocabulary with --length"
     )
+  sampler_table = make_table(sampler_from_config(config.sample), model.schedule, config.sample.num_steps)
+  guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, model)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
+  optimizer = make_optimizer(config.train)
+  fairness = make_fairness(config, schema)
+  step_fn = make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness)
+  create = lambda params: TrainState.create(params, optimizer, fairness and fairness.create())  # noqa: E731
+  shapes = {name: model.component(name).shapes for name in model.trained}
+  abstract = jax.eval_shape(create, shapes)
+  shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
+  if distributed.is_writer():
+    print_overview(abstract, shardings, mesh, every_parameter=args.dry_run)
+  if args.dry_run:
+    print(json.dumps(to_plain(config), indent=2))
+    return True
+
+  # ---- Frozen networks and the run's directory
   frozen = model.load_frozen(config.weights)
   hashes = {name: content_hash(params) for name, params in frozen.items()}
   check_vae(sets, hashes["vae"], config.weights.vae)
@@ -128,7 +127,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     params = sharding.place(params, shardings.params)
     state = jax.jit(create, out_shardings=shardings)(params)
 
-  # ---- Batches from this step on, and the step
+  # ---- Batches from this step on, and the compiled step
   placement = sharding.batch_sharding(mesh)
   order = {
     "batch_size": config.train.batch_size,
@@ -151,7 +150,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   )
   batches = device_batches(batches, placement, config.train.batch_size)
   step_fn = jax.jit(
-    make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness),
+    step_fn,
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
     compiler_options=compiler_options(mesh.devices.flat[0]),

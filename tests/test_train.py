@@ -211,7 +211,7 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
     ("--config.conditioner.d_ctx=32", "must be equal"),
     ("--config.conditioner.attributes=('age','height')", "height"),
     ("--config.logging.checkpoint_every=5", "multiple of logging.log_every"),
-    ("--config.seed=2147483648", "seed 2147483648 must be from 0 to 2147483647"),
+    ("--config.seed=2147483648", "config.seed is 2147483648; it must be from 0 to 2147483647"),
     ("--config.train.warmup_steps=9999", "must be smaller than train.steps"),
     ("--config.scheduler.prediction_type=eps", "prediction_type"),
     ("--config.sample.sampler=eular", "did you mean 'euler'"),

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from compdiff_jax import sharding
 from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
-from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
@@ -127,8 +126,6 @@ def trace_sampler(config: ml_collections.ConfigDict, schema: Schema, devices: Se
   As there, every device holds all parameters and the batch is rounded up to whole rows a device.
   """
   options = config.sample
-  if options.batch_size < 1:
-    raise InputError(f"sample.batch_size {options.batch_size} must be at least 1")
   model = LatentDiffusion.from_config(config, schema)
   table = make_table(sampler_from_config(options), model.schedule, options.num_steps)
   sampler = make_sampler(model, table, options.guidance_rescale)

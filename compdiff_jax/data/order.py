@@ -32,8 +32,6 @@ def balanced_groups(columns: Mapping[str, np.ndarray], schema: Schema, names: Se
   for name in names:
     if name not in schema.names:
       raise InputError(f"config.data.balance: no attribute {name!r}{nearest(name, schema.names)}")
-  if not 0 <= tau <= 1:
-    raise InputError(f"config.data.balance_tau {tau}: give a number from 0 (as the data are) to 1 (all cells equal)")
   levels = np.stack([schema[name].levels(columns[name]) for name in names], axis=1)
   _, cell, counts = np.unique(levels, axis=0, return_inverse=True, return_counts=True)
   share = counts ** (1.0 - tau)

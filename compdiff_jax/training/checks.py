@@ -17,20 +17,10 @@ from compdiff_jax.data.records import RecordSet
 
 def check_intervals(logging: ml_collections.ConfigDict) -> None:
   """A checkpoint must fall on a report: a resumed run then reports the same means as an uninterrupted one."""
-  if min(logging.log_every, logging.checkpoint_every, logging.sample_every, logging.keep_checkpoints) < 1:
-    raise InputError("logging: log_every, checkpoint_every, sample_every and keep_checkpoints must be at least 1")
-  if min(logging.keep_every, logging.stall_seconds) < 0:
-    raise InputError("logging: keep_every and stall_seconds must not be negative; 0 switches them off")
   if logging.checkpoint_every % logging.log_every:
     raise InputError(
       f"logging.checkpoint_every {logging.checkpoint_every} must be a multiple of logging.log_every {logging.log_every}"
     )
-
-
-def check_seed(seed: int) -> None:
-  """The seed is an argument of the compiled step, in which integers have 32 bits."""
-  if not 0 <= seed < 2**31:
-    raise InputError(f"seed {seed} must be from 0 to {2**31 - 1}")
 
 
 def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:

@@ -21,15 +21,13 @@ from compdiff_jax.diffusion.objective import denoising_loss
 from compdiff_jax.latent_diffusion import LatentDiffusion, Params
 
 
-def check(share: float, model: LatentDiffusion) -> None:
-  """Raises an `InputError` where the conditioner cannot leave single attributes out, or the share is none."""
+def check(model: LatentDiffusion) -> None:
+  """Raises an `InputError` where the conditioner cannot leave single attributes out."""
   config = model.conditioner_config
   if len(config.select(model.schema).names) < 2:
     raise InputError(f"loss.coind needs a conditioner of two attributes or more; conditioner.kind is {config.kind!r}")
   if not config.represents_unknown:
     raise InputError("loss.coind leaves single attributes out: the conditioner needs learned nulls")
-  if not 0 < share <= 1:
-    raise InputError(f"loss.coind_share is {share}; it is a share of the batch, above 0 and at most 1")
 
 
 def split_attributes(attributes: Attributes, schema: Schema, keys: jax.Array) -> tuple[dict, dict]:

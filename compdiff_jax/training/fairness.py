@@ -179,10 +179,5 @@ def make_fairness(config: ml_collections.ConfigDict, schema: Schema) -> FairDiff
   groups = schema.subset(fields.attributes) if fields.attributes else schema.grouping
   if not groups.names:
     raise InputError("fairness.variant needs attributes to make groups of, and the schema has none")
-  for name in ("sigma_init", "exploitation"):
-    if not 0 <= fields[name] <= 1:
-      raise InputError(f"fairness.{name} {fields[name]} must be between 0 and 1")
-  if fields.window < 2 or fields.min_weight <= 0 or fields.ucb_beta < 0:
-    raise InputError("fairness: window must be at least 2, min_weight positive, ucb_beta not negative")
   settings = {name: value for name, value in fields.items() if name != "attributes"}
   return FairDiffusion(schema=groups, **settings)

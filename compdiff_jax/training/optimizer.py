@@ -24,11 +24,11 @@ def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
   peak, warmup, steps = config.learning_rate, config.warmup_steps, config.steps
   if config.schedule not in SCHEDULES:
     raise InputError(f"train.schedule is {config.schedule!r}{nearest(config.schedule, SCHEDULES)}")
-  if not 0 <= warmup < steps:
+  if warmup >= steps:
     raise InputError(f"train.warmup_steps {warmup} must be smaller than train.steps {steps}")
   if config.reference_processes:
-    if config.schedule != "cosine" or config.reference_processes < 0:
-      raise InputError("train.reference_processes must be a number of processes, 0 for none, with schedule 'cosine'")
+    if config.schedule != "cosine":
+      raise InputError("train.reference_processes goes with train.schedule 'cosine' alone")
     return _reference_schedule(peak, warmup, steps, config.reference_processes)
   if config.schedule == "cosine":
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, decay_steps=steps)

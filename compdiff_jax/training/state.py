@@ -71,10 +71,6 @@ def check_ema(config: ml_collections.ConfigDict) -> None:
   """Raises an `InputError` where `config.train` asks for an average that does not exist."""
   if config.ema_schedule not in EMA_SCHEDULES:
     raise InputError(f"train.ema_schedule is {config.ema_schedule!r}{nearest(config.ema_schedule, EMA_SCHEDULES)}")
-  if not 0 <= config.ema_decay < 1 or config.ema_power <= 0:
-    raise InputError(
-      f"train.ema_decay {config.ema_decay} must be in [0, 1) and train.ema_power {config.ema_power} positive"
-    )
 
 
 def update_ema(ema: Params, params: Params, d: jax.Array) -> Params:
