@@ -49,7 +49,9 @@ text encoder, average of the weights, bfloat16 compute. Its batch of 48 is no mu
 - *The compiler's estimate* is its sum over all instructions, with kernels and repeated loops added. It knows nothing of
   padding to the matrix units (320 channels take 384), nor of waiting for other chips.
 - *MFU* divides the operations of the plain step (nothing recomputed) by estimate and peak.
-- Compiling was slowed by other work on the machine for v5e-16, v6e-16 and v6e-256.
+- Compiling was slowed by other work on the machine for v5e-16, v5p-8, v5p-128, v6e-16 and v6e-256.
+- The programs for v5p have the compiler option that the training step asks for there (`compiler_options` in
+  `ahead_of_time/chips.py`); without it v5p-8 took 239 GB and 0.168 s.
 - A v5e with 16 GB keeps parameters, two moments and the average (13.9 GB in float32) on eight chips together.
 
 Compiling takes long; `JAX_OPTIMIZATION_LEVEL=O1` and `JAX_MEMORY_FITTING_LEVEL=O0` (options of JAX, O0 to O3) ask the
