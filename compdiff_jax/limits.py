@@ -4,11 +4,12 @@ import ml_collections
 
 from compdiff_jax.cli import InputError
 
-# The smallest value of counts and sizes.
+# The smallest value of counts, sizes and weights.
 _AT_LEAST = {
   "data.image_size": 1,
   "data.threads": 0,
   "data.workers": 0,
+  "fairness.ucb_beta": 0,
   "fairness.window": 2,
   "logging.checkpoint_every": 1,
   "logging.keep_checkpoints": 1,
@@ -16,6 +17,7 @@ _AT_LEAST = {
   "logging.log_every": 1,
   "logging.sample_every": 1,
   "logging.stall_seconds": 0,
+  "lora.rank": 0,
   "loss.auxiliary": 0,
   "loss.coind": 0,
   "loss.composition": 0,
@@ -24,8 +26,6 @@ _AT_LEAST = {
   "loss.kl_anneal_steps": 0,
   "loss.min_snr_gamma": 0,
   "loss.noise_offset": 0,
-  "fairness.ucb_beta": 0,
-  "lora.rank": 0,
   "sample.batch_size": 1,
   "train.accumulation": 1,
   "train.batch_size": 1,
