@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from compdiff_jax import cli, distributed, sharding
-from compdiff_jax.ahead_of_time.chips import chip, compiler_options
+from compdiff_jax.ahead_of_time.chips import chip
 from compdiff_jax.ahead_of_time.program import model_flops
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
@@ -40,7 +40,7 @@ from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimiz
 from compdiff_jax.training.overview import print_overview
 from compdiff_jax.training.speed import Profile, StepClock, describe, parse_profile
 from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import make_train_step
+from compdiff_jax.training.step import jit_train_step, make_train_step
 from compdiff_jax.workdir import claim, content_hash, open_run
 
 
@@ -149,12 +149,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     workers=config.data.workers,
   )
   batches = device_batches(batches, placement, config.train.batch_size)
-  step_fn = jax.jit(
-    step_fn,
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=compiler_options(mesh.devices.flat[0]),
-  )
+  step_fn = jit_train_step(step_fn, shardings, mesh)
   learning_rate = learning_rate_schedule(config.train)
   generate = make_generate(
     model,

@@ -34,13 +34,13 @@ from compdiff_jax.data.records import (
 )
 from compdiff_jax.data.tokenizer import Tokenizer, load_tokenizer
 from compdiff_jax.interop.weights import load_component, read_config
+from compdiff_jax.latent_diffusion import DTYPES
 from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 from compdiff_jax.workdir import content_hash
 from data_prep import checksums
 
-_DTYPES = ("float32", "bfloat16")
 # Files of the data set that describe its records, not its images.
 _COPIED = ("holdout.json", "cells.csv", "attribution.csv")
 
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--image_size", type=int, help="resize to this many pixels; default: as stored")
   parser.add_argument("--prompt_attributes", default="", help="config.prompt_attributes of the runs, e.g. age,sex")
   parser.add_argument("--batch_size", type=int, default=16, help="images in one call, over all devices together")
-  parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="the encoder computes in this")
+  parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the encoder computes in this")
   args = parser.parse_args(argv)
 
   cli.check_free(args.out)

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from compdiff_jax import sharding
-from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.diffusion.samplers import make_table
@@ -20,7 +19,7 @@ from compdiff_jax.sampling.sampler import make_sampler, padded_batch, sampler_fr
 from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import make_optimizer
 from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import make_train_step
+from compdiff_jax.training.step import jit_train_step, make_train_step
 
 
 class Program(NamedTuple):
@@ -106,9 +105,7 @@ class TrainingStep:
       jax.tree.map(lambda leaf: _shape(leaf, whole), self._frozen),
       jax.tree.map(lambda leaf: _shape(leaf, rows), batch),
     )
-    jitted = jax.jit(
-      step, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=compiler_options(mesh.devices.flat[0])
-    )
+    jitted = jit_train_step(step, shardings, mesh)
     state, gradients = self.bytes_per_device(mesh)
     return Program(jitted.trace(*arguments, config.seed), mesh, size, state, gradients)
 

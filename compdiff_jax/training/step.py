@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
+from compdiff_jax import sharding
+from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.conditioning.dropout import drop_attributes
 from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.diffusion import objective
@@ -213,3 +216,13 @@ def make_train_step(
     return TrainState(state.step + 1, params, ema, opt_state, fair_state), metrics
 
   return step
+
+
+def jit_train_step(step: Callable[..., Any], shardings: Any, mesh: Mesh) -> Any:
+  """The compiled form of `make_train_step`'s result: the state is donated and stays where `shardings` has it."""
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+    compiler_options=compiler_options(mesh.devices.flat[0]),
+  )
