@@ -6,6 +6,7 @@ float32 (Rombach et al. 2022, section 3.1, without the perceptual and adversaria
 so that latents have unit standard deviation, as in that paper's appendix G.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -87,15 +88,14 @@ def main(argv: list[str]) -> None:
 
   step_fn = jax.jit(step_fn, donate_argnums=0)
   progress = Progress(settings.steps, 0, "step")
-  for step in range(1, settings.steps + 1):
-    state, metrics = step_fn(state, next(batches)["images"], step)
-    if step % 100 == 0 or step == settings.steps:
-      values = {name: float(value) for name, value in metrics.items()}
-      if not all(map(math.isfinite, values.values())):
-        raise cli.RunError(f"the VAE loss became {values} by step {step}; lower vae_training.learning_rate")
-      progress.update(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-  progress.close()
-  batches.close()
+  with contextlib.closing(progress), contextlib.closing(batches):
+    for step in range(1, settings.steps + 1):
+      state, metrics = step_fn(state, next(batches)["images"], step)
+      if step % 100 == 0 or step == settings.steps:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not all(map(math.isfinite, values.values())):
+          raise cli.RunError(f"the VAE loss became {values} by step {step}; lower vae_training.learning_rate")
+        progress.update(step, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
   params = state[0]
 
   # ---- Scaling factor, weights, pictures

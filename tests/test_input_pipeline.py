@@ -261,6 +261,7 @@ for _ in range(3):
   assert images.shape == (8, 8, 8, 3)
   shards = ((s.index[0].start, *np.asarray(s.data)[:, 0, 0, 0].tolist()) for s in images.addressable_shards)
   print(*shards, sep=";")
+batches.close()  # a thread that still transfers when the interpreter ends aborts the process
 """
 
 

@@ -1,8 +1,10 @@
 """The autoencoder's training command where the data set is unusual; tests/conftest.py runs it on the usual one."""
 
 import json
+import subprocess
+import sys
 
-from conftest import config_arguments
+from conftest import PATIENCE, config_arguments
 
 from compdiff_jax import train_vae
 from data_prep.dataset import write_dataset
@@ -26,3 +28,14 @@ def test_data_without_a_validation_split(workspace, tmp_path):
   train_vae.main(arguments)
   report = json.loads((tmp_path / "vae" / "training.json").read_text())
   assert report["train_error_grey_levels"] > 0 and "val_error_grey_levels" not in report
+
+
+def test_a_loss_that_diverges_ends_the_run_in_one_line(workspace, tmp_path):
+  """Exit status 1 and nothing written; threads that still read ahead when the interpreter ends could abort it."""
+  arguments = [*config_arguments(workspace), f"--out={tmp_path / 'vae'}", "--config.vae_training.learning_rate=1e30"]
+  run = subprocess.run(
+    [sys.executable, "-m", "compdiff_jax", "train-vae", *arguments], capture_output=True, text=True, timeout=PATIENCE
+  )
+  assert run.returncode == 1, run.stderr
+  assert "the VAE loss became" in run.stderr and "Traceback" not in run.stderr
+  assert not list((tmp_path / "vae").iterdir())
