@@ -26,6 +26,7 @@ from compdiff_jax.models.attention_backends import (
   by_head,
   by_head_takes,
   cudnn_takes,
+  in_even_lengths,
   splash,
   splash_takes,
 )
@@ -235,6 +236,23 @@ def test_kernel_compiled_for_tpus_never_writes_the_scores():
   assert kernels >= 2
   rows = 32 / 4
   assert temporaries < rows * 2 * 1024**2 * 4
+
+
+@pytest.mark.parametrize(
+  ("length", "key_length", "causal"), [(6, 4, False), (6, 5, False), (5, 5, True), (5, 4, False), (7, 5, True)]
+)
+def test_odd_lengths_are_filled_up_without_being_seen(length, key_length, causal):
+  """cuDNN trains on even lengths alone; here the plain form stands in for it."""
+  query, key, value, cotangent = (
+    torch_parity.normal(seed, 2, n, 3, 8) for seed, n in enumerate((length, key_length, key_length, length))
+  )
+  compute = functools.partial(in_even_lengths, causal=causal, implementation="xla")
+  out, gradient = jax.vjp(compute, *map(jnp.asarray, (query, key, value)))
+  exact = [x.astype(np.float64) for x in (query, key, value)]
+  np.testing.assert_allclose(out, _closed_form(*exact, causal), rtol=0, atol=1e-6)
+  if not causal:
+    for ours, theirs in zip(gradient(cotangent), _torch_gradients(*exact, cotangent.astype(np.float64))):
+      np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
 
 
 @pytest.mark.skipif(not cudnn_takes(_heads(1, 8)[0]), reason="needs an NVIDIA GPU from Ampere on, and jax[cuda]")

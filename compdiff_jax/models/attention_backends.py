@@ -56,7 +56,7 @@ def attention(
     if not causal and by_head_takes(query, key):
       kernels["cpu"] = by_head
     if cudnn_takes(query):
-      kernels["cuda"] = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+      kernels["cuda"] = functools.partial(in_even_lengths, causal=causal)
   if not kernels:
     return plain(query, key, value)
   return jax.lax.platform_dependent(query, key, value, default=plain, **kernels)
@@ -75,6 +75,22 @@ def _flash_gpu() -> bool:
   except RuntimeError:
     return False
   return all(float(device.compute_capability) >= 8 for device in devices)
+
+
+def in_even_lengths(
+  query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, implementation: str = "cudnn"
+) -> jax.Array:
+  """Attention by `jax.nn.dot_product_attention`, which refuses to train with cuDNN on odd lengths, as the text's 77.
+
+  A token of zeros is added to them, which as a key is masked.
+  """
+  length, key_length = query.shape[1], key.shape[1]
+  mask = {}
+  if key_length % 2:
+    mask["key_value_seq_lengths"] = jnp.full(query.shape[:1], key_length, jnp.int32)
+  query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+  out = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation=implementation, **mask)
+  return out[:, :length]
 
 
 def splash_takes(query: jax.Array, key: jax.Array) -> bool:
