@@ -13,7 +13,7 @@ import jax
 
 from compdiff_jax import cli
 from compdiff_jax.ahead_of_time import suggest
-from compdiff_jax.ahead_of_time.chips import chip, topology_devices
+from compdiff_jax.ahead_of_time.chips import topology_devices, usable_memory
 from compdiff_jax.ahead_of_time.report import report
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
@@ -25,11 +25,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     "--program", choices=("train", "sample"), default="train", help="the training step or the sampler"
   )
-  parser.add_argument("--topology", required=True, help="v5e:4x4, v5e:16x16, v5p:2x2x1, v6e:4x4, … or local")
+  parser.add_argument("--topology", required=True, help="v5e:4x4, v5p:2x2x1, v6e:4x4, …, h100:8, h200:1, … or local")
   parser.add_argument("--slices", type=int, default=1, help="how many such slices, joined by the data-centre network")
   parser.add_argument("--inputs", choices=("images", "moments"), default="images", help="what the data set holds")
   parser.add_argument("--schema", type=Path, default=None, help="schema.json of the data; default: config.data.path's")
-  parser.add_argument("--memory_gib", type=float, default=None, help="of a device; default: what its kind has")
+  parser.add_argument("--memory_gib", type=float, default=None, help="of a device; default: what its kind offers")
   parser.add_argument("--suggest", action="store_true", help="try remat, fsdp and accumulation, and report the best")
   parser.add_argument("--out", type=Path, default=None, help="write the report there as JSON, too")
   args, overrides = parser.parse_known_args(argv)
@@ -42,8 +42,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # the compiler's wheel is there, its hardware need not be
   devices = topology_devices(args.topology, args.slices)
   schema = Schema.load(args.schema or Path(config.data.path) / "schema.json")
-  figures = chip(devices[0])
-  memory = int(args.memory_gib * 2**30) if args.memory_gib else figures and figures.hbm_bytes
+  memory = int(args.memory_gib * 2**30) if args.memory_gib else usable_memory(devices[0])
 
   def compile_with(changes: suggest.Changes) -> dict[str, Any]:
     if changes:

@@ -255,7 +255,10 @@ def test_odd_lengths_are_filled_up_without_being_seen(length, key_length, causal
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
 
 
-@pytest.mark.skipif(not cudnn_takes(_heads(1, 8)[0]), reason="needs an NVIDIA GPU from Ampere on, and jax[cuda]")
+@pytest.mark.skipif(
+  jax.default_backend() != "gpu" or not cudnn_takes(_heads(1, 8)[0]),
+  reason="needs an NVIDIA GPU from Ampere on, and jax[cuda]",
+)
 @pytest.mark.parametrize(("length", "key_length", "causal"), [(256, 256, False), (256, 77, False), (77, 77, True)])
 def test_cudnn_and_its_gradient(length, key_length, causal):
   lengths = (length, key_length, key_length, length)

@@ -87,6 +87,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %a = bf16[8] fusion(%w), kind=kCustom, calls=%started
   %z = bf16[8] fusion(%a), kind=kCustom, calls=%finished
   %k = bf16[2] fusion(%z), kind=kCustom, calls=%kept
+  %g = ((f32[2]{0}, bf16[4]{0}), (f32[8]{0}, bf16[16]{0})) all-gather-start(%x, %y), replica_groups={{0,1,2,3}}
+  %p = ((f32[8]{0}, f32[16]{0}), (f32[2]{0}, f32[4]{0})) reduce-scatter-start(%x, %y), replica_groups={{0,1,2,3}}
 }
 """
   assert [tuple(one) for one in Program(text).collectives()] == [
@@ -98,6 +100,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("send", 256, 1, True, 1),
     ("all-gather", 16, 1, False, 2),  # one that runs beside other work
     ("reduce-scatter", 16, 1, False, 4),  # a sum of which a device keeps its part
+    ("all-gather", 64, 1, False, 4),  # several arrays at once, as on GPUs: the parts, then the whole
+    ("reduce-scatter", 96, 1, False, 4),  # the whole, then the parts
   ]
 
 
@@ -318,8 +322,8 @@ def test_what_a_compiler_without_memory_says(message, peak, available):
 @pytest.mark.parametrize(
   ("options", "words"),
   [
-    (["--topology=v7:4x4"], "must be local or GENERATION:LAYOUT"),
-    (["--topology=v5e:16"], "must be local or GENERATION:LAYOUT"),
+    (["--topology=v7:4x4"], "must be local, GENERATION:LAYOUT"),
+    (["--topology=v5e:16"], "must be local, GENERATION:LAYOUT"),
     (["--topology=v5ee:4x4"], "did you mean 'v5e'"),
     (["--topology=v5e:256"], "v5e has v5e:16x16"),
     (["--topology=v5p:4x4"], "v5p has v5p:2x2x4"),
@@ -327,6 +331,10 @@ def test_what_a_compiler_without_memory_says(message, peak, available):
     (["--topology=local", "--memory_gib=0"], "must be positive"),
     (["--topology=local", "--program=sample", "--config.sample.batch_size=0"], "at least 1"),
     (["--topology=local", "--slices=2"], "needs a TPU topology"),
+    (["--topology=h100:8", "--slices=2"], "needs a TPU topology"),
+    (["--topology=h100:9"], "must be GPUs of one host, h100:1 to h100:8"),
+    (["--topology=h100"], "must be GPUs of one host, h100:1 to h100:8"),
+    (["--topology=h20:8"], "did you mean 'h200'"),
     (["--topology=local", "--slices=0"], "must be at least 1"),
     (["--topology=local", "--config.mesh.data=3"], "does not divide 8 devices"),
     (["--topology=local", "--config.train.batch_size=9"], "not divisible"),
@@ -421,6 +429,47 @@ def test_a_v5p_takes_the_step_s_compiler_options(workspace, tmp_path):
   assert done.returncode == 0, done.stderr
   facts = json.loads((tmp_path / "report.json").read_text())
   assert facts["device_kind"] == "TPU v5" and facts["compiler_options"] == {"xla_tpu_scoped_vmem_limit_kib": "65536"}
+
+
+_GPU = pytest.mark.skipif(
+  not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+  reason="needs the compiler for NVIDIA GPUs: pip install 'jax[cuda13]' (no GPU is needed)",
+)
+
+
+@_GPU
+def test_a_step_compiled_for_gpus_attends_by_cudnn(workspace, tmp_path):
+  """Trained on texts of 77 tokens, an odd number, by eight GPUs that share the parameters."""
+  options = ["--topology=h100:8", "--config.mesh.fsdp=8", "--config.compute_dtype=bfloat16"]
+  done = _compile(workspace, *options, f"--out={tmp_path / 'report.json'}")
+  assert done.returncode == 0, done.stderr
+  facts = json.loads((tmp_path / "report.json").read_text())
+  assert facts["devices"] == 8 and facts["device_kind"] == "NVIDIA H100 80GB HBM3" and facts["fits"]
+  assert facts["memory"]["available"] == 60 * 2**30  # what JAX reserves of 80
+  assert facts["flops"] > facts["kernel_flops"] > 0 and facts["memory_bound_seconds"] > 0
+  gathered = sum(row["bytes"] for row in facts["collectives"] if row["kind"] == "all-gather")
+  assert gathered > facts["memory"]["gradients"]
+  assert {row["network"] for row in facts["collectives"]} == {"links"}
+
+
+@_GPU
+def test_cudnn_s_attention_is_counted_by_hand():
+  """As the TPU's kernel is, by `test_kernels_are_counted_by_hand`; 77 tokens are filled up to 78."""
+  code = """if True:
+    import functools, jax, jax.numpy as jnp
+    from compdiff_jax.ahead_of_time.flops import count_jaxpr
+    from compdiff_jax.models.attention_backends import attention
+    query, key = (jax.ShapeDtypeStruct((2, length, 3, 64), jnp.bfloat16) for length in (512, 77))
+    loss = lambda *inputs: attention(*inputs).astype(jnp.float32).sum()
+    product = 2 * 2 * 3 * 512 * 78 * 64
+    for function, products in ((attention, 2), (jax.grad(loss, (0, 1, 2)), 7)):
+      jaxpr = jax.make_jaxpr(function)(query, key, key).jaxpr
+      assert count_jaxpr(jaxpr, "cuda") == count_jaxpr(jaxpr, "cuda", kernels_only=True) == products * product
+      assert count_jaxpr(jaxpr, kernels_only=True) == 0 < count_jaxpr(jaxpr)
+  """
+  env = os.environ | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 @_TPU

@@ -70,3 +70,19 @@ def test_other_types_are_refused(build, name):
 def test_unknown_parts_are_refused(build):
   with pytest.raises(InputError, match=r"config\.upcast names 'vea'; did you mean 'vae'"):
     build(upcast=("vea",))
+
+
+def test_converted_parameters_predict_the_same_to_the_bit(build):
+  """Kernels and biases are in the type that their layer computes in, the parameters of norms as they were."""
+  model = build(upcast=("conv_out",))
+  params = model.unet.init(jax.random.key(0))
+  converted = model.unet.converted(params)
+  norms = {key for key in params if key.endswith(".scale")}
+  norms |= {key.replace(".scale", ".bias") for key in norms}
+  precise = {key for key, value in converted.items() if value.dtype == jnp.float32}
+  assert converted.keys() == params.keys() and precise == norms | {"conv_out.kernel", "conv_out.bias"}
+  side, _, channels = model.latent_shape
+  latents = jax.random.normal(jax.random.key(1), (2, side, side, channels))
+  context = jax.random.normal(jax.random.key(2), (2, 77, model.unet_config.cross_attention_dim))
+  predict = jax.jit(lambda params: model.unet(params, latents, jnp.array([3, 700]), context))
+  assert jnp.array_equal(predict(params), predict(converted))

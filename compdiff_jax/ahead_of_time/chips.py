@@ -1,4 +1,4 @@
-"""Accelerators by name: what their vendors state, and TPU topologies to compile for."""
+"""Accelerators by name: what their vendors state, and topologies to compile for."""
 
 import dataclasses
 import importlib.util
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from compdiff_jax.ahead_of_time.gpu_targets import GPUS, gpu_devices
 from compdiff_jax.cli import InputError, nearest
 
 
@@ -69,6 +70,15 @@ def chip(device: Any) -> Chip | None:
   return next((figures for kind, figures in CHIPS.items() if device.device_kind.startswith(kind)), None)
 
 
+def usable_memory(device: Any) -> int | None:
+  """Bytes that a program may take of a device: on a GPU, the share that JAX reserves for itself."""
+  figures = chip(device)
+  if figures is None:
+    return None
+  share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")) if device.platform == "gpu" else 1.0
+  return int(figures.hbm_bytes * share)
+
+
 def compiler_options(device: Any) -> dict[str, str]:
   """Options of the compiler for a training step on this kind of device, as `jax.jit` takes them.
 
@@ -81,14 +91,17 @@ def compiler_options(device: Any) -> dict[str, str]:
 
 
 def topology_devices(name: str, slices: int) -> list[Any]:
-  """The devices of "local", or of `slices` slices of a TPU topology such as "v5e:4x4" or "v5p:2x2x4".
+  """The devices of "local", of one host with GPUs ("h100:8"), or of `slices` slices of a TPU topology ("v5p:2x2x4").
 
   The TPU compiler comes with the `libtpu` wheel and needs no TPU.
   """
+  kind, _, layout = name.partition(":")
+  if (name == "local" or kind in GPUS) and slices != 1:
+    raise InputError("--slices needs a TPU topology")
   if name == "local":
-    if slices != 1:
-      raise InputError("--slices needs a TPU topology")
     return jax.devices()
+  if kind in GPUS:
+    return gpu_devices(kind, layout)
   sides = _sides(name)
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU is needed)")
@@ -115,8 +128,9 @@ def _sides(name: str) -> list[int]:
   generation, _, layout = name.partition(":")
   dimensions = 3 if generation in ("v4", "v5p") else 2
   if generation not in _GENERATIONS or not re.fullmatch(rf"\d+(x\d+){{{dimensions - 1}}}", layout):
-    known = nearest(generation, _GENERATIONS) if generation not in _GENERATIONS else _suggestion(generation, layout)
-    raise InputError(f"--topology {name!r} must be local or GENERATION:LAYOUT, as v5e:4x4 or v5p:2x2x4{known}")
+    unknown = generation not in _GENERATIONS
+    known = nearest(generation, [*_GENERATIONS, *GPUS]) if unknown else _suggestion(generation, layout)
+    raise InputError(f"--topology {name!r} must be local, GENERATION:LAYOUT as v5e:4x4 or v5p:2x2x4, or h100:8{known}")
   return [int(side) for side in layout.split("x")]
 
 

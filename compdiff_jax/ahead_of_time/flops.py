@@ -7,13 +7,16 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+# Matrix products in cuDNN's attention; the gradient computes the scores once more.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 class _What(NamedTuple):
   """What is counted.
 
   Attributes:
     platform: whose branch of `jax.lax.platform_dependent` runs; "": the one for all platforms that are not named.
-    kernels_only: only what runs inside Pallas kernels.
+    kernels_only: only what runs inside kernels, Pallas' or cuDNN's.
   """
 
   platform: str = ""
@@ -69,6 +72,9 @@ def _equation_flops(equation: core.JaxprEqn, needed: list[bool], what: _What) ->
     # The gradient of a strided convolution puts zeros between its inputs; they are not multiplied.
     flops = 2 * math.prod(equation.outvars[0].aval.shape) * taps // math.prod(params["lhs_dilation"])
     return 0 if what.kernels_only else flops
+  if kind in _CUDNN_PRODUCTS:
+    rows, length, heads, size = equation.invars[0].aval.shape
+    return _CUDNN_PRODUCTS[kind] * 2 * rows * heads * length * equation.invars[1].aval.shape[1] * size
   if kind == "cond":
     return _branch_flops(params, needed, what)
   if kind == "scan":

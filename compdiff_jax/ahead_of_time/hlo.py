@@ -77,7 +77,7 @@ class Program:
     One that runs beside other work is a chain of fusions to the TPU compiler, of which each names the whole collective.
     """
     found, chains = [], set()
-    for line, (name, shape, opcode, _), times in self._instructions((*_CALLERS, "fusion")):
+    for line, (name, shape, opcode, operands), times in self._instructions((*_CALLERS, "fusion")):
       operation, chain = _COLLECTIVE.fullmatch(opcode), _CHAIN.search(line)
       if operation and chain:
         if chain[1] in chains:
@@ -85,7 +85,7 @@ class Program:
         chains.add(chain[1])
       if operation and (operation[1] != "send" or _BETWEEN_SLICES in line):
         kind = operation[1]
-        size = _collective_bytes(shape, kind, bool(operation[2]), line)
+        size = _collective_bytes(shape, kind, operands.count("%") if operation[2] else 0, line)
         kind = "reduce-scatter" if kind == "all-reduce" and name in self._scattered else kind
         found.append(Collective(kind, size, times, kind == "send", _group_size(line)))
     return found
@@ -144,12 +144,13 @@ def _shape_bytes(shape: str) -> int:
   return sum(_array_bytes(*array) for array in _ARRAY.findall(shape))
 
 
-def _collective_bytes(shape: str, kind: str, started: bool, line: str) -> int:
+def _collective_bytes(shape: str, kind: str, started: int, line: str) -> int:
+  """`started` is the number of operands where the operation is an asynchronous start, else 0."""
   arrays = [_array_bytes(*array) for array in _ARRAY.findall(shape)]
   if kind == "send":  # (data, context, token)
     return arrays[0]
-  if started and kind in ("all-gather", "collective-permute"):  # (operands, results, contexts)
-    return max(arrays)
+  if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):  # (operands, results, contexts)
+    return sum(arrays[:started] if kind == "reduce-scatter" else arrays[started : 2 * started])
   size = sum(arrays)
   return size * _group_size(line) if kind == "reduce-scatter" else size
 

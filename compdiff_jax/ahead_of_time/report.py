@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, is_torus
+from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, is_torus, usable_memory
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program, model_flops, trace
@@ -20,6 +20,8 @@ from compdiff_jax.conditioning.schema import Schema
 _WANTED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)\)? (?:exceeds available|of [\d.]+[KMGT]? hbm)")
 _AVAILABLE = re.compile(r"(?:available HBM \(|of )([\d.]+)([KMGT]?)(?:\)| hbm)")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# The packages that a compiler comes with; of the second kind one is installed.
+_COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
 # Calls without which nothing is computed, to which the TPU compiler's estimate gives the time of -1 s.
 _COSTLESS_CALLS = ("ConcatBitcast", "ZeroCrop")
 
@@ -39,9 +41,9 @@ def report(
     program: "train" or "sample".
     config: the run's config.
     schema: attributes of the data.
-    devices: those of `topology`, "local" or a TPU topology's name.
+    devices: those of `topology`.
     inputs: what the data set holds, "images" or "moments".
-    memory_bytes: of a device; None: that of its kind.
+    memory_bytes: of a device; None: what its kind has to offer.
 
   `fits` is False, and what follows from a compiled program is missing, where the compiler ran out of device memory.
   """
@@ -53,7 +55,7 @@ def report(
     sized.sample.batch_size = traced.images  # rounded up
   facts["model_flops"] = model_flops(sized, schema, inputs, program)
   facts["memory"] = {"state": traced.state_bytes, "gradients": traced.gradient_bytes}
-  available = memory_bytes or (figures.hbm_bytes if figures else None)
+  available = memory_bytes or usable_memory(devices[0])
   if available:
     facts["memory"]["available"] = available
   started = time.monotonic()
@@ -67,10 +69,11 @@ def report(
   facts["memory"] |= memory(compiled)
   facts["fits"] = available is None or facts["memory"]["peak"] <= available
   text = Compiled(compiled.as_text())
-  facts |= work(compiled.cost_analysis(), text, traced, devices[0].platform, figures)
+  facts |= work(compiled.cost_analysis() or {}, text, traced, devices[0].platform, figures)
   facts |= _speed(facts, figures)
   facts["collectives"] = _collectives(text, "ICI" if devices[0].platform == "tpu" else "links")
-  facts |= _network_seconds(facts["collectives"], figures, 1 if topology == "local" or is_torus(topology) else 2)
+  detour = 2 if ":" in topology and devices[0].platform == "tpu" and not is_torus(topology) else 1
+  facts |= _network_seconds(facts["collectives"], figures, detour)
   return facts
 
 
@@ -82,7 +85,7 @@ def _question(
   inputs: str,
   traced: Program,
 ) -> dict[str, Any]:
-  libraries = ["jax"] if topology == "local" else ["jax", "libtpu"]
+  libraries = ("jax", *_COMPILERS.get(devices[0].platform, ()))
   facts: dict[str, Any] = {
     "program": program,
     "topology": topology,
@@ -92,12 +95,19 @@ def _question(
     "mesh": dict(traced.mesh.shape),
     "batch_size": traced.images,
     "compute_dtype": config.compute_dtype,
-    "libraries": {name: importlib.metadata.version(name) for name in libraries},
+    "libraries": {name: version for name in libraries if (version := _version(name))},
   }
   if program == "sample":
     return facts | {"steps": config.sample.num_steps, "sampler": config.sample.sampler}
   facts |= {"inputs": inputs, "accumulation": config.train.accumulation, "remat": config.remat}
   return facts | {"compiler_options": compiler_options(devices[0])}
+
+
+def _version(package: str) -> str | None:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
 
 
 def out_of_memory(message: str, memory: Mapping[str, int]) -> dict[str, Any]:
@@ -132,7 +142,8 @@ def work(
 
   Operations are counted in the traced program: recomputation, loops and kernels are in them. The compiler's bytes and
   time know neither how often a loop runs nor what is inside a kernel. Both are added: loops by the share of the traffic
-  that is inside, kernels by what their operands and operations take at the peak of the chip.
+  that is inside, kernels by what their operands and operations take at the peak of the chip. A compiler that states
+  nothing, as that for GPUs without a GPU, leaves bytes by whole operands and no time.
   """
   jaxpr, devices = traced.traced.jaxpr.jaxpr, traced.mesh.size
   lowered = "cuda" if platform == "gpu" else platform
@@ -143,7 +154,7 @@ def work(
   found = {
     "flops": count_jaxpr(jaxpr, lowered) / devices,
     "kernel_flops": count_jaxpr(jaxpr, lowered, kernels_only=True) / devices,
-    "bytes_accessed": float(costs["bytes accessed"]) * loops + kernel_bytes,
+    "bytes_accessed": float(costs.get("bytes accessed", once)) * loops + kernel_bytes,
   }
   seconds = costs.get("optimal_seconds", 0.0) + sum(len(text.custom_calls(target)) for target in _COSTLESS_CALLS)
   if figures is not None and seconds > 0:

@@ -63,17 +63,22 @@ def attention(
 
 
 def cudnn_takes(query: jax.Array) -> bool:
-  """Does cuDNN's flash attention compute these heads on this machine's GPUs?"""
-  return query.dtype in (jnp.float16, jnp.bfloat16) and query.shape[-1] in range(8, _MAX_HEAD + 1, 8) and _flash_gpu()
+  """Does cuDNN's flash attention compute these heads on the NVIDIA GPUs that this process may compile for?"""
+  return query.dtype in (jnp.float16, jnp.bfloat16) and query.shape[-1] in range(8, _MAX_HEAD + 1, 8) and _has_cudnn()
 
 
 @functools.cache
-def _flash_gpu() -> bool:
-  """NVIDIA GPUs from Ampere on. The program can only be traced where they are: cuDNN is asked what it supports."""
+def _has_cudnn() -> bool:
+  """Is cuDNN installed, without which its attention cannot be traced, and are this machine's GPUs from Ampere on?"""
+  x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+  try:
+    jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x)
+  except (RuntimeError, NotImplementedError):
+    return False
   try:
     devices = jax.local_devices(backend="cuda")
   except RuntimeError:
-    return False
+    return True  # no GPU here, but a program may be compiled for one
   return all(float(device.compute_capability) >= 8 for device in devices)
 
 

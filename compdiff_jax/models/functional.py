@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from compdiff_jax.models.layers import Conv, Dense
+
 Params = Mapping[str, jax.Array]
 
 
@@ -23,8 +25,10 @@ class Functional:
   def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
     """`build(rngs)` returns the module. It is only traced here: a full-size model costs no memory."""
     self._build = build
+    module = nnx.eval_shape(lambda: build(_Keys(jax.random.key(0))))
+    self._layers = {_dotted(path): layer for path, layer in nnx.iter_graph(module) if isinstance(layer, (Dense, Conv))}
     # Naming Param makes the split fail when a module holds anything else, such as hidden random state.
-    self._graph, state = nnx.split(nnx.eval_shape(lambda: build(_Keys(jax.random.key(0)))), nnx.Param)
+    self._graph, state = nnx.split(module, nnx.Param)
     self._paths = {_dotted(path): path for path, _ in nnx.to_flat_state(state)}
     self.shapes: dict[str, jax.ShapeDtypeStruct] = _flatten(state)
 
@@ -40,6 +44,14 @@ class Functional:
     leaves = [(path, nnx.Param(params[key])) for key, path in self._paths.items()]
     module = nnx.merge(self._graph, nnx.from_flat_state(leaves))
     return getattr(module, method)(*args, **kwargs)
+
+  def converted(self, params: Params) -> dict[str, jax.Array]:
+    """The parameters, those of linear and convolutional layers in the types that these convert them to anyway.
+
+    For calls in a loop, which would convert them in each: XLA moves that out of the loop on TPUs, on GPUs it does not.
+    """
+    types = {f"{path}.{name}": layer.dtype for path, layer in self._layers.items() for name in ("kernel", "bias")}
+    return {key: value.astype(types.get(key, value.dtype)) for key, value in params.items()}
 
 
 class _Keys:

@@ -49,6 +49,7 @@ def make_sampler(model: LatentDiffusion, table: Table, guidance_rescale: float) 
     seeds: jax.Array,
     guidance: Guidance,
   ) -> jax.Array:
+    params = {**params, "unet": model.unet.converted(params["unet"])}
     predict = guided(model, params, input_ids, negative_ids, attributes, guidance, guidance_rescale)
     noise = trajectory.initial_noise(seeds, model.latent_shape)
     draw = lambda step: trajectory.step_noise(seeds, step, model.latent_shape)  # noqa: E731
