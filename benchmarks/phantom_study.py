@@ -53,7 +53,7 @@ TEXT_LENGTH = 40
 SIZES = {"quick": (4000, 40, 80), "full": (12_000, 60, 120)}
 BUDGETS = {
   "quick": Budget(vae_steps=800, vae_batch_size=32, steps=600, batch_size=32, learning_rate=4e-3, sample_steps=20),
-  "full": Budget(vae_steps=4000, vae_batch_size=32, steps=12_000, batch_size=64, learning_rate=5e-4),
+  "full": Budget(vae_steps=4000, vae_batch_size=32, steps=4000, batch_size=128, learning_rate=2e-3),
 }
 
 

@@ -29,6 +29,7 @@ from launch.chain import _XLA_FLAGS
 
 # The networks of every study, beside configs/phantom_*.py: attention is at the lower of two resolutions.
 WIDTHS = (32, 64)
+_GPU_WORKERS = 4
 # What one method alone has; docs/study.md says why, and what else was tried.
 _OWN = {
   "compdiff": {
@@ -98,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--methods", default=",".join(methods.CONDITIONERS), help="which methods")
   parser.add_argument("--seeds", help="training seeds, e.g. 42,43")
   parser.add_argument("--steps", type=int, help="training steps of every run")
-  parser.add_argument("--workers", type=int, help="runs at a time; default: one a core on a CPU, else one")
+  parser.add_argument("--workers", type=int, help="runs at a time; default: one a core on a CPU, four on a GPU")
   parser.add_argument("--job", help=argparse.SUPPRESS)  # METHOD:SEED, in a process of its own
   parser.add_argument("--core", type=int, help=argparse.SUPPRESS)  # the one core of that process
 
@@ -133,8 +134,11 @@ def run(study: Study, module: str, argv: Sequence[str], args: argparse.Namespace
   """
   start = time.monotonic()
   names = chosen_methods(args)
+  workers = args.workers or (len(os.sched_getaffinity(0)) if on_cpu else _GPU_WORKERS)
+  if not on_cpu:  # each process takes a share of the device's memory when it starts, this one too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / (workers + 1):.2f}")
   _prepare(study, names)
-  _run_jobs(study, module, argv, names, args.workers, on_cpu)
+  _run_jobs(study, module, argv, names, workers, on_cpu)
   results = study_measure.measure_all(study.out, study.reference, names, study.budget.seeds, study.budget.min_n)
   study_report.write(study.out, results, names, study.budget, title, time.monotonic() - start)
   print((study.out / "tables.md").read_text())
@@ -229,15 +233,13 @@ def config_arguments(study: Study, method: str, settings: Mapping[str, Any], *, 
 # ---- All of them
 
 
-def _run_jobs(
-  study: Study, module: str, argv: Sequence[str], names: Sequence[str], workers: int | None, on_cpu: bool
-) -> None:
+def _run_jobs(study: Study, module: str, argv: Sequence[str], names: Sequence[str], workers: int, on_cpu: bool) -> None:
   """Every method and seed in a process of its own, some at a time.
 
-  Small networks gain little from a second core, so on a CPU each run has one core and several run at once.
+  Small networks gain little from a second core, so on a CPU each run has one core and several run at once. On a GPU
+  they take turns: one computes while others start and compile.
   """
   own_cores = sorted(os.sched_getaffinity(0))
-  workers = workers or (len(own_cores) if on_cpu else 1)
   cores: queue.Queue[int] = queue.Queue()
   for core in itertools.islice(itertools.cycle(own_cores), workers):
     cores.put(core)

@@ -143,14 +143,16 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument("--batch", type=int, default=8)
   parser.add_argument("--inputs", choices=("moments", "images"), default="moments")
   parser.add_argument("--compiled", action="store_true", help="the peer is compiled, in channels-last layout")
+  parser.add_argument("--only", choices=NAMES, help="measure this alone")
   parser.add_argument("--rounds", type=int, default=7, help="1: one after the other, each with the device for itself")
   parser.add_argument("--repeats", type=int, default=1, help="calls of a round, which are timed together")
   options = parser.parse_args(argv)
   peers = {"torch, channels last": functools.partial(theirs, channels_last=True)}
   if not options.compiled:
     peers["torch"] = functools.partial(theirs, channels_last=False)
-  times, peaks = take_turns({"jax": ours, **peers}, options, NAMES, options.rounds, options.repeats)
-  for name in NAMES:
+  names = (options.only,) if options.only else NAMES
+  times, peaks = take_turns({"jax": ours, **peers}, options, names, options.rounds, options.repeats)
+  for name in names:
     print(json.dumps(summary(name, options, times[name], peaks)))
 
 

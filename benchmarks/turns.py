@@ -36,7 +36,7 @@ def take_turns(
   peaks = {}
   groups = [list(sides)] if rounds > 1 else [[side] for side in sides]
   for group in groups:
-    workers = {side: _Worker(sides[side], options) for side in group}
+    workers = {side: _Worker(sides[side], options, names) for side in group}
     for _ in range(rounds):
       for name in names:
         for side, worker in workers.items():
@@ -74,10 +74,10 @@ def summary(
 class _Worker:
   """A process that times the calls of one side on request."""
 
-  def __init__(self, side: Side, options: Any):
+  def __init__(self, side: Side, options: Any, names: Sequence[str]):
     context = multiprocessing.get_context("spawn")
     self._connection, remote = context.Pipe()
-    self._process = context.Process(target=_serve, args=(side, options, remote), daemon=True)
+    self._process = context.Process(target=_serve, args=(side, options, names, remote), daemon=True)
     self._process.start()
     remote.close()
     self._receive()
@@ -99,10 +99,10 @@ class _Worker:
       raise SystemExit("a side of the benchmark ended early; its error stands above") from None
 
 
-def _serve(side: Side, options: Any, connection: Any) -> None:
+def _serve(side: Side, options: Any, names: Sequence[str], connection: Any) -> None:
   calls = side(options)
-  for call in calls.values():
-    call()  # compiles
+  for name in names:
+    calls[name]()  # compiles
   connection.send("ready")
   while request := connection.recv():
     name, repeats = request

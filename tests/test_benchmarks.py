@@ -3,12 +3,15 @@
 import argparse
 import functools
 import json
+import shlex
 
 import pytest
 from conftest import REPOSITORY
 from sleeper import sleeper
 
-from benchmarks import networks, restart, sampling, train_step, turns
+from benchmarks import full_size, networks, one_gpu, restart, sampling, train_step, turns
+from compdiff_jax import train
+from compdiff_jax.cli import RunError
 from compdiff_jax.metrics import read_metrics
 
 _TRAIN = {"size": "toy", "dtype": "float32", "batch": 2, "compiled": False}
@@ -78,3 +81,40 @@ def test_restart_measures_three_starts_of_one_run(tmp_path, capsys):
 def test_restart_says_which_command_failed(tmp_path):
   with pytest.raises(SystemExit, match="status 2 after 0 reports"):
     restart.main([f"--dir={tmp_path}", "--", str(REPOSITORY / "tests" / "no_such_file.py")])
+
+
+def test_a_run_of_any_size_without_downloads(tmp_path, capsys):
+  """What it prints is a command that would train; a second call makes nothing again."""
+  arguments = [f"--out={tmp_path}", "--size=toy", "--num=80"]
+  full_size.main(arguments)
+  made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+  full_size.main(arguments)
+  assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+  program, verb, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+  assert (program, verb) == ("compdiff", "train")
+  train.main([*words, f"--workdir={tmp_path / 'run'}", "--config.train.batch_size=8", "--dry_run"])
+
+
+def test_measurements_of_a_gpu_go_on_where_the_time_was_over(tmp_path, monkeypatch, fails):
+  """One that fails, one that succeeds, one that is too long, with what it started; then the rest."""
+  monkeypatch.setattr(
+    one_gpu,
+    "MEASUREMENTS",
+    {
+      "inputs": "-c \"print('many words'); print('compdiff train --config=a')\"",
+      "broken": "-c 'import nowhere'",
+      "slow": "-c 'import os, time; os.path.exists(\"OUT/go\") or time.sleep(3600)'",
+      "last": "-c 'import sys; print(sys.argv)' TRAIN",
+    },
+  )
+  command = [f"--out={tmp_path}", "--minutes=0.1"]
+  with pytest.raises(RunError, match="goes on with 'slow'"):
+    one_gpu.main(command)
+  rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+  assert [(row["name"], row["status"]) for row in rows] == [("inputs", 0), ("broken", 1), ("slow", -9)]
+  assert "nowhere" in rows[1]["output"][-1] and "nowhere" in (tmp_path / "broken.log").read_text()
+  (tmp_path / "go").touch()
+  one_gpu.main([f"--out={tmp_path}", "--minutes=60"])
+  assert list(one_gpu.finished(tmp_path)) == ["inputs", "slow", "last"]
+  assert one_gpu.finished(tmp_path)["last"] == ["['-c', 'compdiff', 'train', '--config=a']"]
+  assert "there is no 'lost'" in fails(one_gpu.main, *command, "--only=lost")

@@ -8,6 +8,8 @@ from jax.experimental import topologies
 from compdiff_jax.cli import InputError
 
 MAX_GPUS = 8  # of one host, which NVLink joins
+# Triton's matrix products are chosen by timing them. Without a GPU some have no tiles at all; cuBLAS takes every shape.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 class _Target(NamedTuple):

@@ -12,6 +12,7 @@ import ml_collections
 
 from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, is_torus, usable_memory
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
+from compdiff_jax.ahead_of_time.gpu_targets import COMPILER_OPTIONS as GPU_OPTIONS
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program, model_flops, trace
 from compdiff_jax.conditioning.schema import Schema
@@ -60,7 +61,8 @@ def report(
     facts["memory"]["available"] = available
   started = time.monotonic()
   try:
-    compiled = traced.traced.lower().compile()
+    options = GPU_OPTIONS if topology != "local" and devices[0].platform == "gpu" else {}
+    compiled = traced.traced.lower().compile(compiler_options=options)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
