@@ -136,7 +136,7 @@ def run(study: Study, module: str, argv: Sequence[str], args: argparse.Namespace
   names = chosen_methods(args)
   workers = args.workers or (len(os.sched_getaffinity(0)) if on_cpu else _GPU_WORKERS)
   if not on_cpu:  # each process takes a share of the device's memory when it starts, this one too
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / (workers + 1):.2f}")
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / (workers + 1):.2f}"
   _prepare(study, names)
   _run_jobs(study, module, argv, names, workers, on_cpu)
   results = study_measure.measure_all(study.out, study.reference, names, study.budget.seeds, study.budget.min_n)
