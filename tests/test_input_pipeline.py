@@ -203,6 +203,7 @@ def test_attribute_columns_are_those_of_the_records(record_set):
     ({"mix": (("nowhere", 1.0),)}, "nowhere is not a prepared data set"),
     ({"mix": (("other", 1.0),)}, "other attributes"),
     ({"mix": (("small", 1.0),)}, "prepare larger"),
+    ({"balance": ("sx",)}, "data.balance: no attribute 'sx'; did you mean 'sex'"),
   ],
 )
 def test_sets_that_do_not_fit_are_refused(tmp_path, monkeypatch, data, words):
@@ -214,7 +215,7 @@ def test_sets_that_do_not_fit_are_refused(tmp_path, monkeypatch, data, words):
   monkeypatch.setattr(sys.modules[__name__], "_png", lambda value: _draw(value, 4))
   _write(tmp_path / "small")
   with pytest.raises(InputError, match=words):
-    open_training_sets(ml_collections.ConfigDict({"path": "a", "image_size": 8, "mix": (), **data}))
+    open_training_sets(ml_collections.ConfigDict({"path": "a", "image_size": 8, "mix": (), "balance": (), **data}))
 
 
 def test_device_batches_are_the_host_batches_on_every_mesh(record_set):

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from compdiff_jax.cli import InputError
+from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.order import BatchNumbers, Group, RecordOrder, balanced_groups
 from compdiff_jax.data.prompts import format_prompt
@@ -42,6 +42,9 @@ def open_training_sets(data: ml_collections.ConfigDict) -> list[tuple[RecordSet,
         f"config.data.mix: {other.path} and {first.path} must both hold images, or moments of one VAE, one size, one"
         " tokenizer and the same prompt attributes"
       )
+  for name in data.balance:
+    if name not in first.schema.names:
+      raise InputError(f"config.data.balance: no attribute {name!r}{nearest(name, first.schema.names)}")
   for records, _ in sets:
     check_image_size(data.image_size, records, "train")
   return sets

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
 
 # Slots in which groups take turns; the weight of a group is exact to one slot.
@@ -29,9 +28,6 @@ def balanced_groups(columns: Mapping[str, np.ndarray], schema: Schema, names: Se
   So a cell is drawn in proportion to n^(1 - tau): 0 leaves the data as they are, 1 draws all cells equally often.
   Unknown is a level of its own. The weights add up to 1.
   """
-  for name in names:
-    if name not in schema.names:
-      raise InputError(f"config.data.balance: no attribute {name!r}{nearest(name, schema.names)}")
   levels = np.stack([schema[name].levels(columns[name]) for name in names], axis=1)
   _, cell, counts = np.unique(levels, axis=0, return_inverse=True, return_counts=True)
   share = counts ** (1.0 - tau)
