@@ -231,6 +231,7 @@ def test_device_batches_are_the_host_batches_on_every_mesh(record_set):
     order = [int(v) for v in first["images"][:, 0, 0, 0]] + [
       int(v) for _ in range(4) for v in next(batches)["images"][:, 0, 0, 0]
     ]
+    batches.close()
     assert order == expected
 
 
