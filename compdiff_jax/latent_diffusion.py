@@ -133,8 +133,8 @@ class LatentDiffusion:
           " could be guided alone; set conditioner.attributes without it, or prompt_attributes=()"
         )
     conditioner = Functional(lambda rngs: conditioner_config.build(schema, rngs))
-    options = {"remat": config.remat, "attention": config.attention, "upcast": upcast}
-    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype, **options, rngs=rngs))
+    options = {"remat": config.remat, "attention": config.attention}
+    unet = Functional(lambda rngs: UNet2DCondition(unet_config, dtype, **options, upcast=upcast, rngs=rngs))
     vae_dtype = jnp.float32 if "vae" in upcast else dtype
     text_dtype = jnp.float32 if "text_encoder" in upcast else dtype
     lora = None
@@ -158,7 +158,7 @@ class LatentDiffusion:
       conditioner_config=conditioner_config,
       unet=unet,
       vae=Functional(lambda rngs: AutoencoderKL(vae_config, dtype=vae_dtype, rngs=rngs)),
-      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, text_dtype, remat=config.remat, rngs=rngs)),
+      text_encoder=Functional(lambda rngs: CLIPTextModel(text_config, text_dtype, **options, rngs=rngs)),
       conditioner=conditioner,
       trained=tuple(trained),
       image_size=config.data.image_size,

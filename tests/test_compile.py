@@ -450,6 +450,8 @@ def test_a_step_compiled_for_gpus_attends_by_cudnn(workspace, tmp_path):
   gathered = sum(row["bytes"] for row in facts["collectives"] if row["kind"] == "all-gather")
   assert gathered > facts["memory"]["gradients"]
   assert {row["network"] for row in facts["collectives"]} == {"links"}
+  done = _compile(workspace, *options, "--config.attention=xla")
+  assert json.loads(done.stdout)["kernel_flops"] == 0, done.stderr
 
 
 @_GPU

@@ -96,8 +96,9 @@ class CLIPTextEmbeddings(nnx.Module):
 class CLIPAttention(nnx.Module):
   """Causal multi-head self-attention with biases, [B, T, C] -> [B, T, C]."""
 
-  def __init__(self, channels: int, *, heads: int, dtype, rngs: nnx.Rngs):
+  def __init__(self, channels: int, *, heads: int, backend: str, dtype, rngs: nnx.Rngs):
     self.heads = heads
+    self.backend = backend
     self.k_proj = Dense(channels, channels, dtype=dtype, rngs=rngs)
     self.v_proj = Dense(channels, channels, dtype=dtype, rngs=rngs)
     self.q_proj = Dense(channels, channels, dtype=dtype, rngs=rngs)
@@ -105,7 +106,7 @@ class CLIPAttention(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     query, key, value = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-    return self.out_proj(merge_heads(attention(query, key, value, causal=True)))
+    return self.out_proj(merge_heads(attention(query, key, value, causal=True, backend=self.backend)))
 
 
 class CLIPMLP(nnx.Module):
@@ -123,10 +124,11 @@ class CLIPMLP(nnx.Module):
 class CLIPEncoderLayer(nnx.Module):
   """Pre-norm causal self-attention and MLP, each added to its input."""
 
-  def __init__(self, config: CLIPTextConfig, dtype, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, dtype, backend: str, rngs: nnx.Rngs):
     norm = functools.partial(LayerNorm, config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
     self.layer_norm1 = norm()
-    self.self_attn = CLIPAttention(config.hidden_size, heads=config.num_attention_heads, dtype=dtype, rngs=rngs)
+    heads = config.num_attention_heads
+    self.self_attn = CLIPAttention(config.hidden_size, heads=heads, backend=backend, dtype=dtype, rngs=rngs)
     self.layer_norm2 = norm()
     self.mlp = CLIPMLP(config, dtype, rngs)
 
@@ -138,9 +140,9 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
   """The stack of layers."""
 
-  def __init__(self, config: CLIPTextConfig, dtype, remat: str, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, dtype, remat: str, backend: str, rngs: nnx.Rngs):
     layer = rematerialized(CLIPEncoderLayer, remat)
-    self.layers = nnx.List([layer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
+    self.layers = nnx.List([layer(config, dtype, backend, rngs) for _ in range(config.num_hidden_layers)])
 
   def __call__(self, x: jax.Array) -> jax.Array:
     for layer in self.layers:
@@ -151,9 +153,9 @@ class CLIPEncoder(nnx.Module):
 class CLIPTextTransformer(nnx.Module):
   """Embeddings, layers and the final layer norm."""
 
-  def __init__(self, config: CLIPTextConfig, dtype, remat: str, rngs: nnx.Rngs):
+  def __init__(self, config: CLIPTextConfig, dtype, remat: str, backend: str, rngs: nnx.Rngs):
     self.embeddings = CLIPTextEmbeddings(config, dtype, rngs)
-    self.encoder = CLIPEncoder(config, dtype, remat, rngs)
+    self.encoder = CLIPEncoder(config, dtype, remat, backend, rngs)
     self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
   def __call__(self, input_ids: jax.Array) -> jax.Array:
@@ -161,11 +163,22 @@ class CLIPTextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-  """Token ids to the hidden states that condition the UNet. `remat`: policy of `models.remat` for its layers."""
+  """Token ids to the hidden states that condition the UNet.
 
-  def __init__(self, config: CLIPTextConfig, dtype=jnp.float32, *, remat: str = "none", rngs: nnx.Rngs):
+  `remat` is a policy of `models.remat` for its layers, `attention` one of `attention_backends.BACKENDS`.
+  """
+
+  def __init__(
+    self,
+    config: CLIPTextConfig,
+    dtype=jnp.float32,
+    *,
+    remat: str = "none",
+    attention: str = "auto",
+    rngs: nnx.Rngs,
+  ):
     # The extra level gives the published keys their `text_model.` prefix.
-    self.text_model = CLIPTextTransformer(config, dtype, remat, rngs)
+    self.text_model = CLIPTextTransformer(config, dtype, remat, attention, rngs)
 
   def __call__(self, input_ids: jax.Array) -> jax.Array:
     """int [B, T] with T <= max_position_embeddings -> [B, T, hidden_size], after the final layer norm.
