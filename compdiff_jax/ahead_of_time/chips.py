@@ -67,7 +67,11 @@ _MAX_CHIPS = 256
 
 def chip(device: Any) -> Chip | None:
   """The figures of a device, or None where they are not known."""
-  return next((figures for kind, figures in CHIPS.items() if device.device_kind.startswith(kind)), None)
+  return _figures(device.device_kind)
+
+
+def _figures(kind: str) -> Chip | None:
+  return next((figures for name, figures in CHIPS.items() if kind.startswith(name)), None)
 
 
 def usable_memory(device: Any) -> int | None:
@@ -101,7 +105,8 @@ def topology_devices(name: str, slices: int) -> list[Any]:
   if name == "local":
     return jax.devices()
   if kind in GPUS:
-    return gpu_devices(kind, layout)
+    figures = _figures(GPUS[kind].kind)
+    return gpu_devices(kind, layout, figures.hbm_bytes, figures.hbm_bandwidth)
   sides = _sides(name)
   if importlib.util.find_spec("libtpu") is None:
     raise InputError(f"--topology {name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU is needed)")

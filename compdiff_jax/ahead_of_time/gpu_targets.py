@@ -20,7 +20,7 @@ class _Target(NamedTuple):
     capability: compute capability, major and minor.
     multiprocessors, cores: streaming multiprocessors, and float32 units in each.
     shared_memory, block_memory: shared memory of a multiprocessor, and the most that one block may have of it.
-    l2_cache, memory, bandwidth: of the whole GPU; bandwidth in bytes per second.
+    l2_cache: of the whole GPU.
     clock_ghz: of the processors, at most.
   """
 
@@ -31,31 +31,29 @@ class _Target(NamedTuple):
   shared_memory: int
   block_memory: int
   l2_cache: int
-  memory: int
-  bandwidth: int
   clock_ghz: float
 
 
-_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
-_HOPPER = ((9, 0), 132, 128, 228 * _KIB, 227 * _KIB, 50 * _MIB)
+_KIB, _MIB = 2**10, 2**20
+_HOPPER = ((9, 0), 132, 128, 228 * _KIB, 227 * _KIB, 50 * _MIB, 1.98)
 GPUS = {
-  "a100": _Target(
-    "NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * _KIB, 163 * _KIB, 40 * _MIB, 80 * _GIB, 2_039 * 10**9, 1.41
-  ),
-  "h100": _Target("NVIDIA H100 80GB HBM3", *_HOPPER, 80 * _GIB, 3_350 * 10**9, 1.98),
-  "h200": _Target("NVIDIA H200", *_HOPPER, 141 * 10**9, 4_800 * 10**9, 1.98),
+  "a100": _Target("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, 164 * _KIB, 163 * _KIB, 40 * _MIB, 1.41),
+  "h100": _Target("NVIDIA H100 80GB HBM3", *_HOPPER),
+  "h200": _Target("NVIDIA H200", *_HOPPER),
 }
 
 
-def gpu_devices(name: str, layout: str) -> list[Any]:
+def gpu_devices(name: str, layout: str, memory: int, bandwidth: float) -> list[Any]:
   """GPUs of one host, `layout` being their number, to compile for; the compiler needs neither a GPU nor its driver.
+
+  `memory` and `bandwidth` are those of one GPU, in bytes and bytes per second.
 
   Without a GPU it tunes no kernel: a program's memory is nearly what it will be, its speed is not known.
   """
   if not (layout.isdecimal() and 1 <= int(layout) <= MAX_GPUS):
     raise InputError(f"--topology {name}:{layout} must be GPUs of one host, {name}:1 to {name}:{MAX_GPUS}")
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # which asks the driver for its GPUs
-  target = _description(GPUS[name])
+  target = _description(GPUS[name], memory, bandwidth)
   try:
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{layout}").devices
   except NotImplementedError:  # no such compiler
@@ -64,7 +62,7 @@ def gpu_devices(name: str, layout: str) -> list[Any]:
     ) from None
 
 
-def _description(target: _Target) -> str:
+def _description(target: _Target, memory: int, bandwidth: float) -> str:
   """XLA's GpuTargetConfigProto, as text; what is written out is the same for all of them."""
   major, minor = target.capability
   return f"""
@@ -84,8 +82,8 @@ def _description(target: _Target) -> str:
       fpus_per_core: {target.cores}
       clock_rate_ghz: {target.clock_ghz}
       l2_cache_size: {target.l2_cache}
-      memory_bandwidth: {target.bandwidth}
-      device_memory_size: {target.memory}
+      memory_bandwidth: {bandwidth:.0f}
+      device_memory_size: {memory}
       cuda_compute_capability {{ major: {major} minor: {minor} }}
     }}
     platform_name: "CUDA"
