@@ -2,7 +2,8 @@
 
 Each figure is the mean over seeds, with the standard deviation between them. Intervals are 95 % and hold both kinds of
 uncertainty: between seeds, and of the images of one run (the delete-half jackknife of each run). The real images are
-the same for all runs, so the second kind does not shrink with more seeds.
+the same for all runs, so the second kind does not shrink with more seeds. A few seeds tell their own variance badly, so
+the quantile is Student's, with the degrees of freedom of Welch and Satterthwaite.
 """
 
 import csv
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from PIL import Image
+from scipy import stats
 
 from benchmarks.tables import machine, table
 from compdiff_jax.conditioning.schema import Schema
@@ -45,9 +47,12 @@ class Figure(NamedTuple):
   @classmethod
   def of(cls, values: Sequence[float], own_sds: Sequence[float] = ()) -> "Figure":
     """From one value a seed, and the standard error that each has from its images."""
-    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    between = (sd if len(values) > 1 else 0.0) ** 2 / len(values)
-    half = 1.96 * math.sqrt(between + float(np.mean(np.square(own_sds))) if len(own_sds) else between)
+    seeds = len(values)
+    mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if seeds > 1 else math.nan
+    between = sd**2 / seeds if seeds > 1 else 0.0
+    variance = between + (float(np.mean(np.square(own_sds))) if len(own_sds) else 0.0)
+    freedom = (seeds - 1) * (variance / between) ** 2 if between else math.inf  # the images' part counts as known
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
     return cls(mean, sd, mean - half, mean + half)
 
   def __str__(self) -> str:
@@ -119,7 +124,7 @@ class Study:
     return Figure.of(values, errors)
 
   def equity_scaled(self, method: str, attribute: str) -> str:
-    """D + sum over the attribute's levels of |D_level - D|: all levels at one n.
+    """D + sum over the attribute's levels of |D_level - D|; the KID is unbiased, whatever the size of a level.
 
     Without one of the levels it would flatter, so then it is not evaluable.
     """
@@ -185,8 +190,8 @@ def write(
   parts = [
     f"# {title}",
     f"{machine('jax', 'flax')} Budget {dataclasses.asdict(budget)}. The last call took {seconds / 60:.1f} min.",
-    "KID on radiomics features, unbiased, at one number of images a cell, to real images as the autoencoder that all"
-    " methods share reproduces them; 95 % intervals in brackets. Mean ± standard deviation over"
+    "KID on radiomics features, unbiased, so that cells of different size compare, to real images as the autoencoder"
+    " that all methods share reproduces them; 95 % intervals in brackets (Student). Mean ± standard deviation over"
     f" {len(budget.seeds)} seeds. Toy scale: compared with {len(real)} real images of {real.shape[1]} pixels.",
   ]
   for name, (title, (header, rows)) in tables.items():

@@ -8,6 +8,7 @@ once with N attributes in the prompt. Then come `runs/METHOD-SEED`.
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import queue
 import subprocess
@@ -97,16 +98,29 @@ class Study:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--out", type=Path, required=True, help="directory of the study; the same command goes on in it")
   parser.add_argument("--methods", default=",".join(methods.CONDITIONERS), help="which methods")
-  parser.add_argument("--seeds", help="training seeds, e.g. 42,43")
-  parser.add_argument("--steps", type=int, help="training steps of every run")
-  parser.add_argument("--workers", type=int, help="runs at a time; default: one a core on a CPU, four on a GPU")
+  parser.add_argument("--seeds", type=_numbers, help="training seeds, e.g. 42,43")
+  parser.add_argument("--steps", type=_positive, help="training steps of every run")
+  parser.add_argument("--workers", type=_positive, help="runs at a time; default: one a core on a CPU, four on a GPU")
   parser.add_argument("--job", help=argparse.SUPPRESS)  # METHOD:SEED, in a process of its own
   parser.add_argument("--core", type=int, help=argparse.SUPPRESS)  # the one core of that process
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+  parts = text.split(",")
+  if not all(part.isdecimal() for part in parts):
+    raise argparse.ArgumentTypeError(f"{text!r} is not numbers as 42,43")
+  return tuple(map(int, parts))
+
+
+def _positive(text: str) -> int:
+  if not (text.isdecimal() and int(text)):
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+  return int(text)
+
+
 def chosen_methods(args: argparse.Namespace) -> list[str]:
   """The methods of --methods."""
-  names = [name.strip() for name in args.methods.split(",") if name.strip()]
+  names = [name.strip() for name in args.methods.split(",")]
   for name in names:
     if name not in methods.CONDITIONERS:
       raise cli.InputError(f"--methods: there is no {name!r}{cli.nearest(name, methods.CONDITIONERS)}")
@@ -118,7 +132,7 @@ def chosen_budget(args: argparse.Namespace, budget: Budget) -> Budget:
   if args.steps:
     budget = dataclasses.replace(budget, steps=args.steps)
   if args.seeds:
-    budget = dataclasses.replace(budget, seeds=tuple(int(seed) for seed in args.seeds.split(",")))
+    budget = dataclasses.replace(budget, seeds=args.seeds)
   return budget
 
 
@@ -137,11 +151,26 @@ def run(study: Study, module: str, argv: Sequence[str], args: argparse.Namespace
   workers = args.workers or (len(os.sched_getaffinity(0)) if on_cpu else _GPU_WORKERS)
   if not on_cpu:  # each process takes a share of the device's memory when it starts, this one too
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / (workers + 1):.2f}"
+  _check_same_study(study)
   _prepare(study, names)
   _run_jobs(study, module, argv, names, workers, on_cpu)
   results = study_measure.measure_all(study.out, study.reference, names, study.budget.seeds, study.budget.min_n)
   study_report.write(study.out, results, names, study.budget, title, time.monotonic() - start)
   print((study.out / "tables.md").read_text())
+
+
+def _check_same_study(study: Study) -> None:
+  """Raises an `InputError` where --out has runs of another budget: they would be reported under this one."""
+  own = dataclasses.asdict(study.budget) | {"networks": study.networks, "text_length": study.text_length}
+  del own["seeds"]  # there may be more of them later
+  own = json.loads(json.dumps(own))
+  path = study.out / "study.json"
+  if not path.exists():
+    cli.write_whole(path, json.dumps(own, indent=1))
+  found = json.loads(path.read_text())
+  for name, value in own.items():
+    if found.get(name) != value:
+      raise cli.InputError(f"{path} has {name} {found.get(name)} and not {value}; go on with that or take a new --out")
 
 
 def _prepare(study: Study, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from benchmarks import linear_reader, phantom_study, real_study, study_loss, study_report, study_runs
 from compdiff_jax import cli, plan
@@ -64,6 +65,17 @@ def test_a_study_goes_on_with_the_sizes_it_has(tmp_path):
     phantom_study.prepare(tmp_path, 400, 1, 3)
 
 
+def test_a_study_goes_on_with_the_budget_it_has(tmp_path):
+  """Runs that are finished would else be reported under a budget that they never had; more seeds may come."""
+  study = study_runs.Study(tmp_path, SCHEMA.names, phantom_study.NETWORKS, phantom_study.BUDGETS["quick"])
+  study_runs._check_same_study(study)
+  more = dataclasses.replace(study, budget=dataclasses.replace(study.budget, seeds=(1, 2, 3, 4)))
+  study_runs._check_same_study(more)
+  other = dataclasses.replace(study, budget=dataclasses.replace(study.budget, steps=7))
+  with pytest.raises(cli.InputError, match=r"study.json has steps 600 and not 7"):
+    study_runs._check_same_study(other)
+
+
 def test_reference_is_balanced_and_has_one_image_a_patient(tmp_path):
   phantom_study.write_reference(tmp_path / "reference", seen=1, held_out=2)
   source = RecordSet(tmp_path / "reference").split("test")
@@ -86,10 +98,22 @@ def test_held_out_cells_are_balanced_and_every_pair_stays_in_training():
 def test_figure_holds_both_kinds_of_uncertainty():
   figure = study_report.Figure.of([10.0, 12.0, 14.0], [1.0, 2.0, 2.0])
   assert figure.mean == 12 and figure.sd == pytest.approx(2)
-  half = 1.96 * np.sqrt(4 / 3 + (1 + 4 + 4) / 3)  # the images' part does not shrink with the seeds
-  assert (figure.lo, figure.hi) == pytest.approx((12 - half, 12 + half))
+  # The images' part does not shrink with the seeds. Freedom 2 (13/3)^2 / (4/3)^2 = 21.1, quantile of a table.
+  half = 2.079 * np.sqrt(4 / 3 + (1 + 4 + 4) / 3)
+  assert (figure.lo, figure.hi) == pytest.approx((12 - half, 12 + half), rel=1e-4)
+  few = study_report.Figure.of([10.0, 12.0, 14.0])
+  assert few.hi - 12 == pytest.approx(4.303 * np.sqrt(4 / 3), rel=1e-4)
   one = study_report.Figure.of([5.0], [2.0])
-  assert np.isnan(one.sd) and (one.lo, one.hi) == pytest.approx((5 - 3.92, 5 + 3.92)) and str(one) == "5"
+  assert np.isnan(one.sd) and (one.lo, one.hi) == pytest.approx((5 - 3.92, 5 + 3.92), rel=1e-4) and str(one) == "5"
+
+
+@pytest.mark.parametrize("image_sd", [0.0, 0.5, 2.0])
+def test_intervals_of_three_seeds_hold_the_truth_as_often_as_they_say(image_sd):
+  """The seeds of a study vary, and all of them are judged on one set of images."""
+  rng = np.random.default_rng(0)
+  seeds, images = rng.normal(size=[4000, 3]), image_sd * rng.normal(size=[4000, 1])
+  figures = [study_report.Figure.of(values, [image_sd] * 3) for values in seeds + images]
+  assert 0.935 < np.mean([figure.lo < 0 < figure.hi for figure in figures]) < 0.97
 
 
 def _measures(distance, kind):
@@ -131,7 +155,8 @@ def test_study_figures():
   weighted = study.mean_distance("baseline", study.seen, [study.shares[cell] for cell in study.seen])
   assert weighted.mean == pytest.approx(0.6 * 11 + 0.3 * 21 + 0.1 * 31)
   # Independent errors of 1 each, weighted, and half the difference of the seeds squared.
-  assert weighted.hi - weighted.mean == pytest.approx(1.96 * np.sqrt(0.36 + 0.09 + 0.01 + 2 / 2))
+  quantile = stats.t.ppf(0.975, (0.46 + 1) ** 2)
+  assert weighted.hi - weighted.mean == pytest.approx(quantile * np.sqrt(0.36 + 0.09 + 0.01 + 2 / 2))
 
 
 def test_loss_figures():
@@ -139,25 +164,27 @@ def test_loss_figures():
   study = study_report.Study(_RESULTS)
   loss, gap = study.loss("baseline", [_HELD]), study.loss_difference("compdiff", "baseline", [_HELD])
   assert loss.mean == pytest.approx(101)
-  assert loss.hi - loss.mean == pytest.approx(1.96 * np.sqrt(4 / 3 + 2 / 2))  # three images; two seeds, 2 apart
+  quantile = stats.t.ppf(0.975, (4 / 3 + 1) ** 2)
+  assert loss.hi - loss.mean == pytest.approx(quantile * np.sqrt(4 / 3 + 2 / 2))  # three images; two seeds, 2 apart
   values = [-8 / 1.00, -8 / 1.02]
   assert gap.mean == pytest.approx(np.mean(values))
-  assert gap.hi - gap.mean == pytest.approx(1.96 * np.std(values, ddof=1) / np.sqrt(2))
+  assert gap.hi - gap.mean == pytest.approx(12.706 * np.std(values, ddof=1) / np.sqrt(2), rel=1e-4)
 
 
 def test_tables_and_margins(tmp_path, monkeypatch):
   monkeypatch.setattr(study_report, "_grid", lambda *_: None)
-  budget = dataclasses.replace(phantom_study.BUDGETS["quick"], seeds=(42, 43))
-  study_report.write(tmp_path, _RESULTS, ["baseline", "compdiff"], budget, "Toy", 60)
+  budget = dataclasses.replace(phantom_study.BUDGETS["quick"], seeds=(42, 43, 44, 45))
+  runs = {name: {**own, 44: own[42], 45: own[43]} for name, own in _RESULTS["runs"].items()}
+  study_report.write(tmp_path, _RESULTS | {"runs": runs}, ["baseline", "compdiff"], budget, "Toy", 60)
   text = (tmp_path / "tables.md").read_text()
-  assert "seen cells: 13 (10.7 to 15.3) against 21 (18.7 to 23.3), 38% lower; intervals disjoint" in text
+  assert "seen cells: 13 (11.2 to 14.8) against 21 (19.2 to 22.8), 38% lower; intervals disjoint" in text
   assert text.count("Difference on the same images: -8 (-8 to -8)") == 2  # what seeds and images share cancels
-  assert "held-out cells: 33 (30.2 to 35.8) against 41 (38.2 to 43.8), 20% lower; intervals disjoint" in text
+  assert "held-out cells: 33 (30.7 to 35.3) against 41 (38.7 to 43.3), 20% lower; intervals disjoint" in text
   with open(tmp_path / "table2.csv", newline="") as file:
     rows = list(csv.reader(file))
-  assert rows[1] == [_CELLS[0], "60.0%", "11 ± 1.41", "3 ± 1.41"] and len(rows) == 4
+  assert rows[1] == [_CELLS[0], "60.0%", "11 ± 1.15", "3 ± 1.15"] and len(rows) == 4
   with open(tmp_path / "table5.csv", newline="") as file:
-    assert [row[4] for row in csv.reader(file)] == ["held out, % above text baseline", "", "-7.92 (-8.08 to -7.77)"]
+    assert [row[4] for row in csv.reader(file)] == ["held out, % above text baseline", "", "-7.92 (-8.07 to -7.78)"]
   for name in ("distance_by_share.png", "held_out.png"):
     assert (tmp_path / name).stat().st_size > 5000
 
@@ -205,7 +232,10 @@ def test_loss_of_a_real_image_is_that_under_its_own_condition(workspace, trained
 
 def test_bad_arguments(fails, tmp_path):
   message = fails(phantom_study.main, "--out", tmp_path / "out", "--quick", "--methods", "compdif")
-  assert "did you mean 'compdiff'" in message and not (tmp_path / "out").exists()
+  assert "did you mean 'compdiff'" in message
+  for option in ("--methods=", "--seeds=x", "--seeds=1,", "--steps=0", "--workers=-1"):
+    assert option.split("=")[0] in fails(phantom_study.main, "--out", tmp_path / "out", "--quick", option)
+  assert not (tmp_path / "out").exists()
 
 
 def test_linear_reader_reads_what_is_there_and_no_more():
