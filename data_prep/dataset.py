@@ -43,6 +43,7 @@ FRACTIONS = (0.8, 0.1, 0.1)
 MAX_REJECTED = 0.05
 REJECTED_COLUMNS = ("file", "row", "reason")
 SHARD_MIB = 300
+_PLACES = ("--workers", "--runner", "--runner_options")  # say where the work is done
 _MEASURED = 32  # images, at most one of 32, that the size of the shards is estimated from
 
 
@@ -118,15 +119,21 @@ def scale_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command_line(prog: str, argv: Sequence[str]) -> str:
-  """The command for the data card, without the value of `--salt` and without what says where the work was done."""
+  """The command for the data card, without the value of `--salt` and without what says where the work was done.
+
+  Options are whole words here: the parsers accept no abbreviations.
+  """
   kept, arguments = [], iter(argv)
   for argument in arguments:
     option, equals, _ = argument.partition("=")
-    if option in ("--workers", "--runner", "--runner_options"):
-      _ = equals or next(arguments, None)
-    else:
+    if option not in (*_PLACES, "--salt"):
       kept.append(argument)
-  return re.sub(r"(--salt[= ])('[^']*'|\S+)", r"\1(secret)", shlex.join([*prog.split(), *kept]))
+      continue
+    if not equals:
+      next(arguments, None)  # its value
+    if option == "--salt":
+      kept.append("--salt=SECRET")
+  return shlex.join([*prog.split(), *kept])
 
 
 def write_dataset(

@@ -108,16 +108,24 @@ def test_split_shares_follow_the_fractions():
   assert abs(share - 0.8) < 4 * np.sqrt(0.8 * 0.2 / 20_000)
 
 
-def test_salt_changes_the_hashes_and_is_not_written(tmp_path):
-  command = dataset.command_line("python -m x", ["--salt", "secret-word", "--out", "set"])
-  command += dataset.command_line("python -m x", ["--salt=secret-word"])
+@pytest.mark.parametrize("salt", ["zebra", "my zebra salt", "it's zebra", 'a "zebra" \'s', "--zebra=quagga"])
+def test_salt_changes_the_hashes_and_is_not_written(tmp_path, salt):
+  command = dataset.command_line("python -m x", ["--salt", salt, "--out", "set", f"--salt={salt}", "--num=3"])
   write(tmp_path / "open", examples(100))
-  write(tmp_path / "set", examples(100), salt="secret-word", command=command)
-  assert "--out set" in (tmp_path / "set/README.md").read_text()
+  write(tmp_path / "set", examples(100), salt=salt, command=command)
+  assert "python -m x --salt=SECRET --out set --salt=SECRET --num=3" in (tmp_path / "set/README.md").read_text()
   for path in (tmp_path / "set").iterdir():
-    assert b"secret-word" not in path.read_bytes()
+    assert b"zebra" not in path.read_bytes() and b"quagga" not in path.read_bytes()
   patients = [{r["patient"] for s in records(tmp_path / name).values() for r in s} for name in ("open", "set")]
   assert len(patients[1]) == 50 and not patients[0] & patients[1]
+
+
+def test_the_salt_cannot_be_abbreviated():
+  """The card would not know it."""
+  parser = cli.parser("test", "")
+  dataset.add_arguments(parser)
+  with pytest.raises(InputError, match="--sal"):
+    parser.parse_args(["--out", "set", "--sal=zebra"])
 
 
 def test_same_input_gives_the_same_bytes(tmp_path):
