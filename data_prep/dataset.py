@@ -302,12 +302,12 @@ def _shards(
 
 
 def _job(name: str, schema: Schema, encode: Callable[[Any], bytes], shards: Mapping[str, Any]) -> dict[str, str]:
-  """Names everything that decides the bytes of the shards."""
+  """Names what decides the bytes of the shards, but for the source files: run_tasks looks whether those changed."""
   digest = hashlib.sha256(repr((name, schema, encode, PIL.__version__)).encode())
   for split, parts in shards.items():
     for part in parts:
       digest.update(repr((split, part)).encode())
-  return {"shards": digest.hexdigest()}
+  return {"tasks": digest.hexdigest()}
 
 
 def _stored(

@@ -123,6 +123,9 @@ class NpzImages:
   root: str
   options: ImageOptions
 
+  def files(self, names: tuple[str, ...]) -> list[Path]:
+    return [Path(self.root) / name for name in names]
+
   def __call__(self, names: tuple[str, ...]) -> bytes:
     path = find_file(self.root, *names)
     try:

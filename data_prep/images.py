@@ -114,6 +114,10 @@ def find_file(root: str | Path, *names: str) -> Path:
   raise RowError(f"missing image file: {' or '.join(names)}")
 
 
+def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+  return (names,) if isinstance(names, str) else names
+
+
 @dataclasses.dataclass(frozen=True)
 class FolderImages:
   """Encodes files below a folder. Called with a relative path, or several of which the first that exists counts."""
@@ -121,8 +125,11 @@ class FolderImages:
   root: str
   options: ImageOptions
 
+  def files(self, names: str | tuple[str, ...]) -> list[str]:
+    return [os.path.join(self.root, name) for name in _several(names)]
+
   def __call__(self, names: str | tuple[str, ...]) -> bytes:
-    path = find_file(self.root, *([names] if isinstance(names, str) else names))
+    path = find_file(self.root, *_several(names))
     try:
       return encode_image(read_image(path), self.options)
     except Image.DecompressionBombError as error:

@@ -178,6 +178,9 @@ class TarImages:
   root: str
   options: ImageOptions
 
+  def files(self, place: tuple[str, int, int]) -> list[Path]:
+    return [Path(self.root) / place[0]]
+
   def __call__(self, place: tuple[str, int, int]) -> bytes:
     tar, offset, length = place
     try:

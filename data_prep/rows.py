@@ -17,7 +17,8 @@ A row that cannot be used is {"file", "row", "reason"} with reason "<kind>: <det
 
 `encode(row["image"])` returns the encoded image or raises `RowError`. It must be picklable and a function of its
 argument alone: it runs in other processes, in any order. Its `repr` must name its options (a frozen dataclass does), so
-that a killed run can be told from another one.
+that a killed run can be told from another one. Where it reads files, its method `files(row["image"])` gives their
+possible paths, of which the first that exists counts: the run that goes on makes anew what was replaced or mended.
 """
 
 

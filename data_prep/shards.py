@@ -4,6 +4,8 @@ A task is a pickle file that holds everything a shard is made of; whoever runs i
 JSON file that says what became of its rows. Tasks, notes and shards lie in one directory that all workers can reach.
 """
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -31,6 +33,8 @@ _BATCH = 64
 _MANY_ROWS = 5_000
 # Seconds between reports: on a terminal, in a log.
 _EVERY = (0.5, 30.0)
+# Finished tasks that are looked at together; it is waiting for a file system.
+_CHECKS = 16
 
 
 class Task(NamedTuple):
@@ -69,22 +73,32 @@ HERE = Runner(0)
 
 
 class Note(NamedTuple):
-  """What became of a task: the shard, {row of the task: reason} of the rejected rows, SHA-256 of the others' images."""
+  """What became of a task.
+
+  Attributes:
+    shard: what was written.
+    rejected: {row of the task: reason}.
+    sha256: of the images of the other rows.
+    sources: digest of the files that the images came from, see `_sources`.
+  """
 
   shard: Shard
   rejected: dict[int, str]
   sha256: list[str]
+  sources: str
 
 
 def read_note(path: Path) -> Note:
   note = json.loads(path.read_text())
-  return Note(Shard(*note["shard"]), {int(row): reason for row, reason in note["rejected"].items()}, note["sha256"])
+  rejected = {int(row): reason for row, reason in note["rejected"].items()}
+  return Note(Shard(*note["shard"]), rejected, note["sha256"], note["sources"])
 
 
 def run_task(task: Task, threads: int = 1, advance: Callable[[int], None] = lambda count: None) -> None:
   """Writes the shard of a task and its note. The bytes depend on the task alone."""
   rejected: dict[int, str] = {}
   hashes: list[str] = []
+  sources = _sources(task)  # before they are read: what is replaced meanwhile differs from it
 
   def records() -> Iterator[dict[str, Any]]:
     for number, (row, image) in enumerate(_images(task, threads)):
@@ -96,18 +110,12 @@ def run_task(task: Task, threads: int = 1, advance: Callable[[int], None] = lamb
         yield {**{field: row[field] for field in _FIELDS}, "image": image}
 
   shard = write_shard(task.path, features(task.schema), records())
-  write_whole(task.note, json.dumps({"shard": shard, "rejected": rejected, "sha256": hashes}))
+  write_whole(task.note, json.dumps(Note(shard, rejected, hashes, sources)._asdict()))
 
 
 def _images(task: Task, threads: int) -> Iterator[tuple[Mapping[str, Any], bytes | RowError]]:
   """Each row with its image or with the reason why there is none, in order."""
-
-  def attempt(row: Mapping[str, Any]) -> bytes | RowError:
-    try:
-      return task.encode(row["image"])
-    except RowError as error:
-      return error
-
+  attempt = functools.partial(_attempt, task)
   if threads < 2:
     yield from ((row, attempt(row)) for row in task.rows)
     return
@@ -117,9 +125,42 @@ def _images(task: Task, threads: int) -> Iterator[tuple[Mapping[str, Any], bytes
       yield from zip(batch, pool.map(attempt, batch))
 
 
+def _attempt(task: Task, row: Mapping[str, Any]) -> bytes | RowError:
+  try:
+    return task.encode(row["image"])
+  except RowError as error:
+    return error
+
+
+def _sources(task: Task) -> str:
+  """Tells the source files of a task from changed ones by path, size and time: one stat a file, none is opened."""
+  files = getattr(task.encode, "files", lambda image: ())
+  digest = hashlib.sha256()
+  for row in task.rows:
+    for path in files(row["image"]):
+      with contextlib.suppress(OSError, ValueError):  # missing, or no name of a file
+        stat = os.stat(path)
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        break
+  return digest.hexdigest()
+
+
+def _finished(task: Task) -> bool:
+  """Whether a task was run and would give the same again: no source file changed, no rejected row was mended."""
+  if not task.note.exists():
+    return False
+  note = read_note(task.note)
+  same = all(str(_attempt(task, task.rows[i])) == reason for i, reason in note.rejected.items())
+  return same and note.sources == _sources(task)
+
+
 def run_tasks(tasks: Sequence[Task], runner: Runner) -> None:
-  """Runs the tasks that have no note yet."""
-  waiting = [task for task in tasks if not task.note.exists()]
+  """Runs the tasks that are not finished yet."""
+  with ThreadPoolExecutor(_CHECKS) as pool:
+    finished = list(pool.map(_finished, tasks))
+  waiting = [task for task, done in zip(tasks, finished) if not done]
+  for task in waiting:
+    task.note.unlink(missing_ok=True)  # it no longer belongs to the shard
   meter = _Meter(sum(len(task.rows) for task in tasks), sum(len(task.rows) for task in tasks if task not in waiting))
   try:
     if runner.beam:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from test_dataset import SCHEMA, examples, png, read_csv, records, write
 from compdiff_jax.cli import InputError, resumable_directory
 from compdiff_jax.data.records import RecordSet
 from data_prep import dataset, shards
+from data_prep.images import FolderImages, ImageOptions
 from data_prep.phantom import __main__ as phantom
 from data_prep.rows import RowError
 
@@ -152,6 +154,50 @@ def test_other_rows_start_over(tmp_path, monkeypatch):
   monkeypatch.undo()
   run({**item, "text": "changed"} for item in drawn(100))
   assert {r["text"] for split in records(tmp_path / "set").values() for r in split} == {"changed"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """60 images, and the rows that name them: `write(out, rows, encode=encode)`."""
+  (tmp_path / "images").mkdir()
+  for i in range(60):
+    (tmp_path / "images" / f"{i}.png").write_bytes(png(i))
+  rows = [{**item, "image": f"{i}.png"} for i, item in enumerate(examples(60))]
+  return tmp_path / "images", rows, FolderImages(str(tmp_path / "images"), ImageOptions(8))
+
+
+def test_images_that_were_put_back_are_read(folder, tmp_path):
+  images, rows, encode = folder
+  write(tmp_path / "plain", rows, encode=encode, **SMALL)
+  for i in range(10, 60, 9):
+    (images / f"{i}.png").rename(tmp_path / f"{i}.png")
+  with pytest.raises(InputError, match="6 of 60 rows rejected"):
+    write(tmp_path / "set", rows, encode=encode, **SMALL)
+  for i in range(10, 60, 9):
+    (tmp_path / f"{i}.png").rename(images / f"{i}.png")
+  assert sum(write(tmp_path / "set", rows, encode=encode, **SMALL).values()) == 60
+  assert content(tmp_path / "set") == content(tmp_path / "plain")
+
+
+def test_only_shards_whose_images_changed_are_made_again(folder, tmp_path, monkeypatch):
+  images, rows, encode = folder
+  made, write_shard = [], shards.write_shard
+  monkeypatch.setattr(shards, "write_shard", lambda path, *rest: made.append(path.name) or write_shard(path, *rest))
+
+  def killed(directory):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(dataset.checksums, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+      write(tmp_path / "set", rows, encode=encode, **SMALL)
+  total = len(made)
+  (images / "21.png").write_bytes(png(200))
+  os.utime(images / "21.png", ns=(0, 0))
+  write(tmp_path / "set", rows, encode=encode, **SMALL)
+  assert total > 5 and len(made) == total + 1
+  write(tmp_path / "plain", rows, encode=encode, **SMALL)
+  assert content(tmp_path / "set") == content(tmp_path / "plain")
 
 
 def test_one_process_at_a_time(tmp_path):
