@@ -13,6 +13,7 @@ import numpy as np
 
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Attribute, Schema
+from data_prep import scrub
 
 # {attribute: {level: [regular expression, ...]}}; of a continuous attribute, "number" holds expressions whose first
 # group is the value.
@@ -42,12 +43,35 @@ _DECADE = re.compile(
   rf"\bin\s+(?:his|her|their|the)\s+(?:early\s+|mid[\s-]+|late\s+)?(\d0'?s|{'|'.join(_DECADES)})\b", re.IGNORECASE
 )
 _OLD = r"[\s-]*(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"  # 72 year old, 72-year-old, 72 years of age, 72 y/o, 72yo
+_WHOLE = r"(?<!\w)(?<!\d[.,])(\d{1,3})"  # not the end of another number
+_AGES = (
+  _NUMBER + _OLD,
+  _SPELLED + _OLD,
+  r"\baged?[\s:=]+(?:of\s+)?(\d{1,3})\b",
+  rf"{_WHOLE}\s?/?\s?(?-i:[MF])\b",
+  rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*(?-i:[MF])\b",
+  r"\b(?-i:[MF])\s?/\s?(\d{1,3})\b",
+)
+
+
+def _letter_forms(letter: str) -> list[str]:
+  """Expressions of a letter that stands for a sex."""
+  capital = rf"(?-i:{letter.upper()})"
+  return [
+    rf"{_WHOLE}\s?/?\s?{capital}\b",  # 72F, 72/F
+    rf"\b{capital}\s?/\s?\d{{1,3}}\b",
+    rf"\b_{{2,}}\s?{capital}\b",
+    rf"(?<![a-z]){_OLD}[\s.,/-]*{letter}\b(?![/'’])",  # 72 yo F, but no f/u
+    rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*{capital}\b",
+    rf"\b(?:patient|pt)\.?[\s,]+{capital}\b(?!/)",
+    rf"\b(?:sex|gender)[\s:=-]+{letter}\b",
+  ]
 
 
 def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
   if attribute.kind == "continuous":
     if attribute.unit == "year":
-      return {NUMBER: [_NUMBER + _OLD, _SPELLED + _OLD, r"\baged?[\s:]+(\d{1,3})\b", r"\b(\d{1,3})\s?(?-i:[MF])\b"]}
+      return {NUMBER: list(_AGES)}
     return {NUMBER: [rf"{_NUMBER}\s*{re.escape(attribute.unit)}\b"]} if attribute.unit else {}
   patterns = {}
   for value in attribute.values:
@@ -57,9 +81,7 @@ def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
     short = len(value) < 3
     forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}(?!\w)"]
     forms += [rf"\b{synonym}\b" for synonym in _SYNONYMS.get(meant, ())]
-    forms += [
-      rf"\b\d{{1,3}}\s?(?-i:{letter.upper()})\b" for letter, sex in _SEX_LETTERS.items() if sex == meant
-    ]  # "72F"
+    forms += [form for letter, sex in _SEX_LETTERS.items() if sex == meant for form in _letter_forms(letter)]
     patterns[value] = forms
   return patterns
 
@@ -103,6 +125,7 @@ class Scanner:
   def __call__(self, text: str) -> dict[str, dict[int, str]]:
     """{attribute: {level: the words that name it}} for every attribute that the text names."""
     named = {}
+    text = scrub.pattern(scrub.FRENCH).sub(" ", text)  # "8 F catheter" names no woman of eight
     for attribute, rules in self._rules:
       found: dict[int, str] = {}
       for level, phrase in _find(attribute, rules, text):

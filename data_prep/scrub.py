@@ -13,24 +13,52 @@ from compdiff_jax.cli import InputError
 
 Rules = Sequence[tuple[str, str]]
 
+# "may" is a verb unless a year follows or it is written as a name.
 _MONTH = (
-  r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
-  r"|nov(?:ember)?|dec(?:ember)?)\.?"
+  r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|(?-i:May|MAY)|may(?=[-/.,\s]+\d{4})|june?|july?|aug(?:ust)?"
+  r"|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)\.?"
 )
-_NAME = r"(?-i:[A-Z][\w'’-]*)"
+# What may stand behind "Dr." or "name:" and is no name.
+_NO_NAME = r"(?!(?:no|not|none|the|there|this|is|was|has|and|or|at|on|to|by|for|with|in)\b)"
+_NAME = rf"{_NO_NAME}(?-i:[A-Z][\w'’-]*)"
+_INITIALS = r"(?:(?-i:[A-Z])\.\s*)*"
+_FULL_NAME = rf"{_INITIALS}{_NAME}(?:\s+{_INITIALS}{_NAME}){{0,2}}"
+_SMALL_NAME = rf"{_NO_NAME}(?-i:[a-z][\w'’-]+)"
 _NUMBER = (
   r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
   r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?|__+)"
 )
+_YEARS = r"[-\s]*(?:years?|yrs?|y)"
+_OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:yo|y/o|y\.o\.)(?!\w))"  # year-old, years of age, yo
+_SEX = r"(?:[-\s,/]*[mf]\b(?![/'’]))?"  # the letter behind an age; "f/u" is none
 
 _PERSON = r"(?:patients?|males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)"
-# Case counts here: "MS" is a disease.
+# "8 F catheter tip", "chest tube, 28 F": F is the French size there, not a sex. "28F chest tube" is taken for a person.
+_DEVICE = (
+  r"(?:catheter|sheath|tube|drain|pigtail|picc|line|stent|cannula|introducer|dilator|needle|port|foley|dobhoff)s?\b"
+)
+_KIND_OF_DEVICE = (
+  r"(?:(?:right|left)(?:[-\s]sided)?|(?:single|double|dual|triple)[-\s]lumen|chest|pleural|biliary|central|venous"
+  r"|arterial|vascular|dialysis|feeding|drainage|nephrostomy|gastrostomy|thoracostomy|percutaneous|surgical|straight"
+  r"|curved|pigtail|ng|et)"
+)
+FRENCH = (
+  rf"(?:\b{_DEVICE}[\s,(]*(?:of |size )?[1-3]?\d\s?(?-i:F)\b"
+  rf"|(?<!\w)(?<!\d[.,])(?:[1-3]?\d[-\s]|1?\d)(?-i:F)(?=(?:[-\s]+{_KIND_OF_DEVICE}){{0,3}}[-\s]+{_DEVICE}))"
+)
+# Case counts here: "MS" is a disease, "MR" an examination.
 _NAMED_PERSONS = (
-  rf"\b(?-i:Drs?|DR|Prof|Doctor|Mr|Mrs|Ms|Miss)\b\.?\s+(?:_{{2,}}|{_NAME}(?:\s+{_NAME}){{0,2}})",
+  rf"\b(?:(?-i:Drs?|DR|Prof|Doctor|Mr|Mrs|Ms|Miss)\b\.?\s+(?:_{{2,}}|{_FULL_NAME})"
+  rf"|(?-i:drs?|prof|mrs?|ms)\.\s+(?:_{{2,}}|{_FULL_NAME}|{_SMALL_NAME}))",
   "",
 )
 IDENTIFIERS = (
   _NAMED_PERSONS,
+  (
+    r"\b(?:patient(?:['’]s)?\s+)?name\s*[:=]\s*"
+    rf"(?:{_NAME},\s*{_NAME}(?:\s+(?-i:[A-Z])\b)?|{_FULL_NAME}|{_SMALL_NAME}(?:\s+{_SMALL_NAME})?)",
+    "",
+  ),
   (r"\S+@\S+\.\w+", ""),
   (
     r"\b(?:accession|mrn|medical record|clip|record|exam|study|account)\s*(?:numbers?|no\.?|id|#)?\s*[:#]?\s*"
@@ -38,20 +66,37 @@ IDENTIFIERS = (
     "",
   ),
   (r"(?:\b\+?1[-. ])?\(?\b\d{3}\)?[-. ]\d{3}[-. ]\d{4}\b", ""),
-  (r"\b\d{1,4}([/.-])\d{1,2}\1\d{2,4}\b", ""),
+  (
+    r"\b\d{1,4}([/.-])\d{1,2}\1\d{2,4}"
+    r"(?:\b|T\d{1,2}(?::?\d{2}){1,2}(?:[.,]\d+)?(?:Z|[-+]\d{2}:?\d{2})?(?!\w))",
+    "",
+  ),
   (r"\b(?:on|dated|from|since|of)\s+\d{1,2}/\d{1,2}\b(?!/)", ""),
-  (rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?\s+{_MONTH}|{_MONTH}\s+\d{{1,2}}(?:st|nd|rd|th)?)(?:,?\s+\d{{4}})?(?!\w)", ""),
-  (rf"\b{_MONTH}\s+\d{{4}}\b", ""),
+  (r"\b(?:0?[1-9]|1[0-2])/(?:19|2[01])\d{2}\b", ""),
+  (
+    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?[-/\s]+{_MONTH}|{_MONTH}[-/\s]+\d{{1,2}}(?:st|nd|rd|th)?)"
+    r"(?:(?:,?\s+|[-/,])\d{4}|[-/]\d{2})?(?!\w)",
+    "",
+  ),
+  (rf"\b{_MONTH}[-/,\s]+\d{{4}}\b", ""),
   (r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:[ap]\.m\.|[ap]m\b))?", ""),
-  (r"\b[a-z]{0,3}\d{6,}\b", ""),
+  (r"\b[a-z]{0,3}\d{6,}(?:t\d{4,6})?\b", ""),
   (r"_{2,}", ""),
 )
 DEMOGRAPHICS = (
-  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:years?|yrs?|y)[-\s]*(?:old|of age)\b", "patient"),
-  (rf"\b(?:an? |the )?{_NUMBER}[-\s]*(?:yo|y/o|y\.o\.)(?!\w)", "patient"),
-  (rf"\baged? (?:of )?{_NUMBER}\b", ""),
+  (r"\b(?:sex|gender)(?:\s*[:=]\s*\w+|[-\s]+(?:[mf]|(?:fe)?males?)\b)", ""),
+  (
+    r"\b(?:race|ethnicity)\s*[:=]\s*\w+(?:(?:\s+or\s+|\s*/\s*|[-\s])(?:african[-\s]american|american|latin[oa]"
+    r"|caucasian))?",
+    "",
+  ),
+  (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b)?(?!\w){_SEX}", ""),
+  (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_YEARS}[-\s]*(?-i:[MF])\b)", "patient"),
   (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
-  (r"(?:\b\d{1,3}\s?|\b_{2,})(?-i:[MF])\b", ""),
+  # What the first group holds stays.
+  (rf"({FRENCH})|(?:(?<!\w)(?<!\d[.,])\d{{1,3}}\s?/?|\b_{{2,}})\s?(?-i:[MF])\b", r"\1"),
+  (r"\b(?-i:[MF])\s?/\s?\d{1,3}\b", ""),
+  (r"\b(?:patient|pt)\.?[\s,]+(?-i:[MF])\b(?!/)", "patient"),
   (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|adult|aged|infant|child|teenager?)\b", ""),
   # "old" alone is a finding: an old fracture.
   (rf"\b(?:an? )?old(?=\s+{_PERSON}\b)", ""),
@@ -62,7 +107,10 @@ DEMOGRAPHICS = (
   ),
   (r"\b(?:an? )?(?:caucasian|african[-\s]american|hispanic|latin[oa])\b", ""),
   (r"\b(?:an? )?(?:males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)\b", "patient"),
-  (r"\b(?:husband|wife|spouse|mother|father|brother|sister|son|daughter|m(?:r|s|rs)\.)(?!\w)", "relative"),
+  (
+    r"\b(?:(?:husband|wife|spouse|mother|father|brother|sister|son|daughter)(?!\w)|(?-i:[Mm]r|[Mm]rs|MRS|[Mm]s)\.(?!\w))",
+    "relative",
+  ),
   (r"\b(?:s?he|himself|herself)\b", "the patient"),
   (r"\b(?:his|hers?|him)\b", "the"),
   (r"\b(?:right |left )?(?:breasts?|mammary|prostate|prostatic|uter(?:us|ine)|ovar(?:y|ian)|pregnan(?:t|cy))\b", ""),

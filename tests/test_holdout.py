@@ -98,6 +98,13 @@ def test_rarest_cells_are_those_with_fewest_training_images(source, tmp_path, na
     ("fifty-two year old. She has a pacemaker.", {"age": {1}, "sex": {1}}),
     ("67F with cough; 61 y/o", {"age": {2}, "sex": {1}}),
     ("in her early sixties", {"age": {2}, "sex": {1}}),
+    ("___ yo F with cough", {"sex": {1}}),
+    ("45yo M, effusion", {"age": {1}, "sex": {0}}),
+    ("72-year-old F", {"age": {2}, "sex": {1}}),
+    ("Age: 45. Sex: F.", {"age": {1}, "sex": {1}}),
+    ("Patient F with cough", {"sex": {1}}),
+    ("F/72, 45/M, 30 y M", {"age": {0, 1, 2}, "sex": {0, 1}}),
+    ("8 F catheter tip. Nodule 2.5 F. Correlate with MR. Patient F/U. 72 year old f/u", {"age": {2}}),
     ("A left effusion of 52 mm, 50 m away, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
   ],
 )

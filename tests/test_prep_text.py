@@ -3,9 +3,16 @@
 import pytest
 
 from compdiff_jax.cli import InputError
+from compdiff_jax.conditioning.schema import Attribute, Schema
 from data_prep import demographics, prompts, reports, scrub
 from data_prep.fairgenmed import conditions
+from data_prep.leaks import Scanner
 from data_prep.rows import RowError
+
+_SCHEMA = Schema((
+  Attribute("age", "continuous", low=0, high=100, bins=(40, 60), unit="year"),
+  Attribute("sex", "categorical", values=("male", "female")),
+))  # fmt: skip
 
 OFFICIAL = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PORTABLE AP)
@@ -61,16 +68,39 @@ def test_impression(report, expected):
     ("63M and ___F with MS Findings.", "And with MS Findings."),
     ("Black lines; 2/3 of the lung, 10 mm nodule, L4/5, marked 10 cm.", None),
     ("T2-3 level 1.5-20 cm, decreased 5 mm; 8 F catheter? ratio 3.", None),
+    # Ages with the letter of the sex
+    ("___ yo F with cough", "Patient with cough"),
+    ("45yo M, effusion", "Patient, effusion"),
+    ("72-year-old F", "Patient"),
+    ("Age: 45. Sex: F.", ""),
+    ("Age: 45 years. Gender: female. Race: Black or African American. Effusion.", "Effusion."),
+    ("A 45 y F, 60/M and F/72, pt F: clear.", "Patient, and, patient: clear."),
+    ("28F with 28 F chest tube.", "With 28 F chest tube."),
+    ("72 year old f/u nodule", "Patient f/u nodule"),
+    # Identifiers
+    ("Since 12-May-2014, 5/2014, 12/May/2014 or may 2014. Clear.", "Since, or. Clear."),
+    ("2014-05-06T10:11 and 2014-05-06T10:11:12.5Z, 20140506T1011. Clear.", "And, Clear."),
+    ("Discussed with dr. smith and Dr. J. A. Smith today.", "Discussed with and today."),
+    ("Patient name: John A. Smith. Effusion.", "Effusion."),
+    ("Name: SMITH, JOHN A. Effusion.", "Effusion."),
+    ("mr. smith and Mrs. Smith: clear.", "And: clear."),
+    # What only looks like them
+    ("Correlate with MR. No effusion.", None),
+    ("MS. Chronic changes.", None),
+    ("Portable DR. No effusion.", None),
+    ("8 F catheter tip, 10F pigtail, an 8 F right-sided PICC; chest tube (28 F).", None),
+    ("Nodule 2.5 F. Fever 100.4 F. 3,5 M.", None),
+    ("Patient F/U in 6 weeks. Segment 6 may represent scar. Stage T2 N1 M0, 1/2.", None),
   ],
 )
 def test_scrub(text, expected):
   found = scrub.scrub(text, scrub.ALL)
-  if expected is None:
-    assert found.replace(" F ", " ") == text.replace(" 8 F ", " ")
-  elif expected == "Number:":
+  if expected == "Number:":
     assert not any(digit in found for digit in "0123456789")
   else:
-    assert found == expected
+    assert found == (text if expected is None else expected)
+  # What is left names no age or sex, and what is meant to stay never did.
+  assert not Scanner(_SCHEMA)(found) and (expected is not None or not Scanner(_SCHEMA)(text))
 
 
 def test_rules_from_a_file(tmp_path):
