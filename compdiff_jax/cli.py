@@ -76,24 +76,34 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def check_free(path: str | Path) -> None:
-  """Refuses an output directory that is a file or not empty."""
+  """Refuses an output directory that is a file, not empty or cannot be replaced by the finished one."""
   path = Path(path)
   if path.exists() and not path.is_dir():
     raise InputError(f"{path} is a file; give a directory for the output")
   if path.exists() and any(path.iterdir()):
     raise InputError(f"{path} is not empty; give a new directory or remove it first")
+  if path.exists() and path.samefile(os.curdir):
+    raise InputError(f"{path} is the current directory, which cannot be replaced; give a new directory in it")
+  if os.path.ismount(_real(path)):
+    raise InputError(f"{path} is a mount point, which cannot be replaced; give a new directory in it")
 
 
 def new_directory(path: str | Path) -> Path:
-  """`path` as a directory that is new or empty and writable, else an `InputError`; nothing is overwritten."""
-  path = Path(path)
+  """`path` as a directory that is new or empty and replaceable, else an `InputError`; nothing is overwritten."""
   check_free(path)
+  real = _real(path)
   with writing(path):
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
+    real.mkdir(parents=True, exist_ok=True)
+  with writing(real.parent):  # the finished directory is made there and takes the place of `path`
+    probe = real.with_name(f".{real.name}.writable")
     probe.touch()
-    probe.unlink()
-  return path
+    probe.unlink(missing_ok=True)
+  return Path(path)
+
+
+def _real(path: str | Path) -> Path:
+  """The directory that a symbolic link leads to: a link itself cannot be replaced by a directory."""
+  return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -133,9 +143,8 @@ def whole_directory(path: str | Path):
   Raises:
     InputError: `path` is not new or empty, or cannot be written.
   """
-  path = Path(path)
-  existed = path.exists()
-  new_directory(path)
+  existed = Path(path).exists()
+  path = _real(new_directory(path))
   directory, lock = None, None
   try:
     with writing(path):
@@ -162,7 +171,7 @@ def _partial_directory(path: Path) -> tuple[Path, int | None]:
   The kernel lets go of a lock when its process ends, however it ends. Locks of another machine cannot be relied upon,
   so each looks after its own.
   """
-  parent, prefix = path.absolute().parent, f".{path.name}.partial-{socket.gethostname()}-"
+  parent, prefix = path.parent, f".{path.name}.partial-{socket.gethostname()}-"
   for left in parent.glob(f"{glob.escape(prefix)}*"):
     lock = _lock(left)
     if lock is not None:
@@ -199,10 +208,9 @@ def resumable_directory(path: str | Path, job: Mapping[str, Any]):
   full), and continued by a run whose `job`, which names everything that decides the result, is the same. Another job
   discards them, and so does bad input, unless it is an `UnfinishedError`. One process at a time owns them.
   """
-  path = Path(path)
-  existed = path.exists()
-  new_directory(path)
-  place = path.absolute().parent / f".{path.name}.unfinished"
+  existed = Path(path).exists()
+  path = _real(new_directory(path))
+  place = path.with_name(f".{path.name}.unfinished")
   directory, notes, description = place / "files", place / "notes", json.dumps(dict(job), sort_keys=True)
   with writing(path):
     place.mkdir(exist_ok=True)

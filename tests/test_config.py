@@ -106,6 +106,42 @@ def test_whole_directory_is_whole_or_absent(tmp_path):
     pass
 
 
+_DIRECTORIES = {
+  "whole": cli.whole_directory,
+  "resumable": lambda path: cli.resumable_directory(path, {}),
+}
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("kind", _DIRECTORIES)
+def test_a_link_is_followed_to_the_directory_that_is_made(tmp_path, kind, exists):
+  target, link = tmp_path / "disk" / "target", tmp_path / "home" / "link"
+  link.parent.mkdir()
+  link.symlink_to(target)
+  if exists:
+    target.mkdir(parents=True)
+  with _DIRECTORIES[kind](link) as made:
+    directory = made if kind == "whole" else made[0]
+    assert directory.is_relative_to(target.parent)  # on the disk where it will stay
+    (directory / "all").touch()
+  assert link.is_symlink() and [path.name for path in link.iterdir()] == ["all"]
+  assert [path.name for path in target.parent.iterdir()] == ["target"] and list(link.parent.iterdir()) == [link]
+
+
+@pytest.mark.parametrize("kind", _DIRECTORIES)
+def test_directories_that_cannot_be_replaced_are_refused_at_once(tmp_path, monkeypatch, kind):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "disk").mkdir()
+  monkeypatch.setattr(cli.os.path, "ismount", lambda path: path == tmp_path / "disk")
+  with pytest.raises(InputError, match="disk is a mount point, which cannot be replaced; give"):
+    _DIRECTORIES[kind]("disk").__enter__()
+  (tmp_path / "disk").rmdir()
+  for path in (".", tmp_path):
+    with pytest.raises(InputError, match="is the current directory, which cannot be replaced; give"):
+      _DIRECTORIES[kind](path).__enter__()
+  assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_run_left_is_removed_by_the_next_one_of_this_machine(tmp_path):
   out = tmp_path / "out"
   program = (
