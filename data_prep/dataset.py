@@ -170,7 +170,7 @@ def write_dataset(
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the
       possible patient ids can undo the hash. Give a secret one for data that leaves the house.
-    licence: what holds for all images, for the card.
+    licence: what holds for all images, for the card and every data set that is derived from this one.
     runner: where the shards are made.
     shard_mib: approximate size of a shard.
 
@@ -245,7 +245,7 @@ def write_dataset(
       licence=licence,
     )
     infos = [split_info(directory, name, split, done[split]) for split in splits]
-    write_description(directory, name, schema, infos, description)
+    write_description(directory, name, schema, infos, description, licence=licence)
     checksums.write(directory)
   counts = {split: len(members) for split, members in splits.items()}
   _report(out, splits, rejected, holdout, repeated)

@@ -154,7 +154,7 @@ def main(argv: list[str]) -> None:
       if (records.path / name).exists():
         shutil.copyfile(records.path / name, directory / name)
     text = f"VAE moments and token ids of the data set {records.name} (see its own data card)."
-    write_description(directory, records.name, records.schema, infos, text, latents)
+    write_description(directory, records.name, records.schema, infos, text, latents, records.licence)
     checksums.write(directory)
   progress.close()
   print(f"{args.out}: {done} records of {'x'.join(map(str, latents['shape']))} moments from VAE {vae_hash[:12]}")

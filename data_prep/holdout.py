@@ -213,7 +213,6 @@ def _write(
   directory: Path, records: RecordSet, rows: Sequence[Row], assigned: Sequence[str], holdout: Mapping, command: str
 ) -> None:
   """The shards, description and card; rows that came with the old data set (rejected, attribution) stay with it."""
-  description = json.loads((records.path / "dataset_info.json").read_text()).get("description", "")
   rejected = _read_csv(records.path / "rejected.csv")
   attribution = _read_csv(records.path / "attribution.csv")
   by_key = {line["key"]: {k: v for k, v in line.items() if k not in ("key", "split")} for line in attribution}
@@ -240,14 +239,15 @@ def _write(
     name=records.name,
     schema=records.schema,
     splits=splits,
-    description=description,
+    description=records.description,
     size=decode_image(copied.image(rows[0])).shape[0],
     command=command,
     holdout=holdout,
     rejected=rejected,
     read_image=copied.image,
+    licence=records.licence,
   )
-  write_description(directory, records.name, records.schema, infos, description)
+  write_description(directory, records.name, records.schema, infos, records.description, licence=records.licence)
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from conftest import config_arguments
 
 from compdiff_jax import evaluate, train, train_vae
@@ -19,6 +20,8 @@ from compdiff_jax.metrics import read_metrics
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
 from data_prep import encode_latents
+from data_prep.dataset import write_dataset
+from data_prep.phantom import population as phantom
 
 
 def _encode(workspace, out, *options):
@@ -51,6 +54,17 @@ def test_moments_and_ids_are_those_of_each_record_alone(workspace, latents):
       np.testing.assert_array_equal(ours["input_ids"], tokenizer([prompt])[0])
     for name, values in images.attributes(split).items():
       np.testing.assert_array_equal(encoded.attributes(split)[name], values)
+
+
+def test_licence_of_the_images_holds_for_their_moments(workspace, tmp_path):
+  licence = "Use for research only."
+  what = {"name": "phantom", "schema": phantom.SCHEMA, "description": "", "size": 32, "command": "", "licence": licence}
+  images = phantom.PhantomImages(0, 32)
+  write_dataset(tmp_path / "data", examples=phantom.rows(0, 8), encode=images, fractions=(1, 0, 0), **what)
+  out = tmp_path / "latents"
+  encode_latents.main(["--data", f"{tmp_path / 'data'}", "--weights", f"{workspace}", "--out", f"{out}"])
+  assert tfds.builder_from_directory(out).info.redistribution_info.license == licence
+  assert (out / "LICENSE").read_text() == licence
 
 
 def test_interrupted_run_goes_on_at_the_first_missing_shard(workspace, latents, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+import tensorflow_datasets as tfds
 from test_dataset import SCHEMA, examples, records, write
 
 from compdiff_jax.cli import InputError
@@ -13,6 +14,7 @@ from compdiff_jax.data.records import RecordSet
 from data_prep import holdout, verify
 from data_prep.leaks import Scanner, read_patterns
 
+_LICENCE = "Use for research only; see https://example.org/terms."
 _CELL = "age=40-60,sex=female,group=B"
 
 
@@ -29,7 +31,7 @@ def _inside(attributes):
 def source(tmp_path_factory):
   path = tmp_path_factory.mktemp("holdout") / "source"
   items = [{**item, "attribution": {"licence": f"L{i % 3}"}} for i, item in enumerate(examples(500))]
-  write(path, items)
+  write(path, items, licence=_LICENCE)
   return path
 
 
@@ -65,7 +67,9 @@ def test_cell_and_its_patients_leave_training_and_nothing_is_lost(source, tmp_pa
   splits = {r["key"]: split for split, members in after.items() for r in members}
   for line in _read_csv(tmp_path / "out" / "attribution.csv"):
     assert line["split"] == splits[line["key"]] and line["licence"] == f"L{int(line['key'][1:]) % 3}"
-  assert f"| {_CELL} |" in (tmp_path / "out" / "README.md").read_text()
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert f"| {_CELL} |" in card and f"## Licence\n\n{_LICENCE}" in card
+  assert tfds.builder_from_directory(tmp_path / "out").info.redistribution_info.license == _LICENCE
 
 
 def test_earlier_holdouts_are_kept(source, tmp_path):

@@ -141,13 +141,17 @@ def write_description(
   splits: Iterable[tfds.core.SplitInfo],
   description: str,
   latents: Mapping[str, Any] | None = None,
+  licence: str = "",
 ) -> None:
-  """Writes `dataset_info.json`, `features.json` and `schema.json` beside the shards, and the `latents.json` given."""
+  """Writes `dataset_info.json`, `features.json` and `schema.json` beside the shards, and the `latents.json` given.
+
+  `licence` holds for all records; TFDS keeps it in `dataset_info.json` and in a file `LICENSE`.
+  """
   identity = tfds.core.dataset_info.DatasetIdentity(
     name=name, version=tfds.core.Version("1.0.0"), data_dir=str(directory), module_name="data_prep"
   )
   info = tfds.core.DatasetInfo(
-    builder=identity, features=features(schema, latents is not None), description=description
+    builder=identity, features=features(schema, latents is not None), description=description, license=licence
   )
   info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
   info.set_splits(tfds.core.SplitDict(list(splits)))
@@ -162,6 +166,7 @@ class RecordSet:
 
   Attributes:
     path: the directory; name: the data set's name; schema: its attributes.
+    description, licence: of the whole data set, as `write_description` was given them.
     splits: {split: number of records}.
     held_out: cells absent from the training split, as `Schema.cell_name` texts (from `holdout.json`).
     latents: for a latent set the content of `latents.json`, else None: `vae` and `tokenizer` (content hashes),
@@ -180,6 +185,8 @@ class RecordSet:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise InputError(f"{self.path}/dataset_info.json is not valid JSON ({error})") from None
     self.name = info["name"]
+    self.description = info.get("description", "")
+    self.licence = info.get("redistributionInfo", {}).get("license", "")
     self.schema = Schema.load(self.path / "schema.json")
     self._shards = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info["splits"]}
     self.splits = {split: sum(lengths) for split, lengths in self._shards.items()}
