@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from compdiff_jax.cli import InputError
 from data_prep.dicom import is_dicom, read_dicom
@@ -21,6 +21,18 @@ from data_prep.rows import RowError
 MAX_PIXELS = 100_000_000
 # Other readers of Pillow start foreign programs or have no place in medical data.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+# Cropping first resizes the whole image, which for a longer strip would not fit into memory.
+_MAX_RATIO = 100
+# Pillow turns a TIFF while it reads it, and no other format; this turns it back.
+_TURN_BACK = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_90,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_270,
+}
 # What Pillow raises for files that are no image, cut short or damaged.
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
@@ -52,8 +64,10 @@ def encode_image(image: Image.Image, options: ImageOptions) -> bytes:
   """Encoded bytes of an image of mode L, RGB or F (float32 in 0..255).
 
   Resampling is antialiased (Lanczos, after a box reduction to three times the size). With padding, an odd pixel goes to
-  the bottom or right.
+  the bottom or right. A strip too narrow to be cropped is a `RowError`.
   """
+  if options.resize == "crop" and max(image.size) > _MAX_RATIO * min(image.size):
+    raise RowError(f"image too narrow: {image.width}x{image.height} pixels, the limit for a crop is 1 to {_MAX_RATIO}")
   fit = max(image.size) if options.resize == "pad" else min(image.size)
   width, height = (max(1, round(side * options.size / fit)) for side in image.size)
   image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -79,20 +93,31 @@ def read_image(path: Path) -> Image.Image:
   """The image of a file in mode L, RGB or F (float32 in 0..255).
 
   DICOM files are shown through their own window. Other images of more than 8 bits are scaled from their minimum
-  to their maximum.
+  to their maximum, and inverted where a TIFF says that white is zero, which Pillow does for 8 bits only.
   """
   if is_dicom(path):
     return read_dicom(path, MAX_PIXELS)
-  with Image.open(path, formats=_FORMATS) as source:
+  # From a path Pillow would map some TIFFs into memory, with width and height exchanged where they are turned.
+  with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as source:
     check_pixels(source.width * source.height)
+    tiff = source.format == "TIFF"
+    turn_back = _TURN_BACK.get(source.getexif().get(ExifTags.Base.Orientation)) if tiff else None
     source.load()
     if source.mode[0] not in "IF":
-      return source.convert("L" if source.mode in ("1", "L", "LA") else "RGB")
-    values = np.asarray(source, np.float64)
+      image = source.convert("L" if source.mode in ("1", "L", "LA") else "RGB")
+    else:
+      white_is_zero = tiff and source.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+      image = _scaled(np.asarray(source, np.float64), white_is_zero)
+  return image if turn_back is None else image.transpose(turn_back)
+
+
+def _scaled(values: np.ndarray, inverted: bool) -> Image.Image:
+  """Values [H, W] of any range as an image of mode F in 0..255."""
   if not np.isfinite(values).all():
     raise RowError("unreadable image: it has values that are no numbers")
   low, high = values.min(), values.max()
-  return Image.fromarray(np.float32((values - low) * (255 / max(high - low, 1e-12))))
+  from_black = high - values if inverted else values - low
+  return Image.fromarray(np.float32(from_black * (255 / max(high - low, 1e-12))))
 
 
 def find_file(root: str | Path, *names: str) -> Path:

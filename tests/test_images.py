@@ -1,6 +1,7 @@
 """data_prep.images: size, depth and colour of stored images; files that must be refused."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.data.records import decode_image
-from data_prep.images import FolderImages, ImageOptions
+from data_prep.images import FolderImages, ImageOptions, read_image
 from data_prep.rows import RowError
 
 
@@ -60,6 +61,36 @@ def test_orientation_is_as_stored(tmp_path):
   assert (prepared(tmp_path, "a.png", 8)[:, :, 0] == pixels).all()
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_tiff_is_as_stored(tmp_path, orientation, depth, compression):
+  pixels = np.arange(6 * 8, dtype=depth).reshape(6, 8)
+  Image.fromarray(pixels).save(tmp_path / "a.tiff", compression=compression, tiffinfo={0x0112: orientation})
+  found = np.asarray(read_image(tmp_path / "a.tiff"), float)
+  np.testing.assert_allclose(found, pixels * (1 if depth == np.uint8 else 255 / 47), rtol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16, np.float32])
+def test_white_is_zero(tmp_path, depth):
+  stored = np.linspace(0, 255, 16).round().reshape(4, 4).astype(depth)
+  data = io.BytesIO()
+  Image.fromarray(stored).save(data, "TIFF")
+  entry = struct.pack("<HHIHH", 262, 3, 1, 1, 0)  # photometric interpretation: 1, black is zero
+  assert data.getvalue().count(entry) == 1
+  (tmp_path / "a.tiff").write_bytes(data.getvalue().replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+  np.testing.assert_allclose(np.asarray(read_image(tmp_path / "a.tiff"), float), 255.0 - stored, atol=1e-4)
+
+
+def test_strips_that_cannot_be_cropped_are_refused(tmp_path):
+  Image.new("L", (2, 90_000)).save(tmp_path / "strip.png")
+  Image.new("L", (2, 200), 7).save(tmp_path / "narrow.png")
+  with pytest.raises(RowError, match="image too narrow: 2x90000 pixels"):
+    prepared(tmp_path, "strip.png", 512, "crop")
+  assert prepared(tmp_path, "strip.png", 16).shape == (16, 16, 3)  # padding shrinks it
+  assert (prepared(tmp_path, "narrow.png", 16, "crop") == 7).all()
+
+
 def test_jpeg_of_the_asked_quality(tmp_path):
   rng = np.random.default_rng(0)
   Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "a.png")
@@ -79,7 +110,6 @@ def test_bad_options(options):
 
 def bomb(path):
   """A PNG of 40,000 x 40,000 pixels that is a few bytes long: only its header claims the size."""
-  import struct
   import zlib
 
   def chunk(kind, data):
