@@ -20,7 +20,7 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
   attribution         columns kept per image in attribution.csv; the column "licence" is counted in the data card
 """
 
-import string
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,8 +41,9 @@ from data_prep.tables import read_table
 
 _KEYS = (
   *("name", "description", "licence", "size", "resize", "jpeg_quality", "image", "patient", "unknown", "attributes"),
-  *("text", "findings", "attribution"),
+  *("text.parts", "text.replace", "text.max_words", "findings.columns", "findings.separator", "attribution"),
 )
+_COLUMN = re.compile(r"\{([^{}]*)\}")  # in text.parts
 
 
 class TableReader:
@@ -50,7 +51,7 @@ class TableReader:
 
   def __init__(self, csv_path: str | Path, images: str | Path, config: ml_collections.ConfigDict):
     for key in _KEYS:
-      if key not in config:
+      if not _has(config, key):
         raise InputError(f"config.{key} is missing; configs/data/chest_xray.py has every key")
     if not Path(images).is_dir():
       raise InputError(
@@ -62,10 +63,10 @@ class TableReader:
     self.encode = FolderImages(str(images), ImageOptions(config.size, config.resize, config.jpeg_quality))
     if config.text.max_words < 1:
       raise InputError(f"config.text.max_words {config.text.max_words}: give a positive number")
-    self._unknown = frozenset({"", *(value.casefold() for value in config.unknown)})
-    self._columns = [dict(entry) for entry in config.attributes]
+    self._unknown = frozenset({"", *(str(value).casefold() for value in config.unknown)})
+    self._columns = [_as_texts(entry) for entry in config.attributes]
     self.schema = Schema(tuple(_attribute(entry) for entry in self._columns))
-    self._parts = [(part, [f for _, f, _, _ in string.Formatter().parse(part) if f]) for part in config.text.parts]
+    self._parts = [(part, _COLUMN.findall(part)) for part in config.text.parts]
     for expression, _ in config.text.replace:
       _check_pattern(expression)
     self._text_columns = sorted({column for _, columns in self._parts for column in columns})
@@ -125,7 +126,8 @@ class TableReader:
 
   def _text(self, row: Mapping[str, str]) -> str:
     clean = {name: "" if self._is_unknown(row[name]) else self._clean(row[name]) for name in self._text_columns}
-    text = " ".join(part.format_map(clean) for part, columns in self._parts if all(clean[c] for c in columns))
+    parts = (part for part, columns in self._parts if all(clean[column] for column in columns))
+    text = " ".join(_COLUMN.sub(lambda column: clean[column[1]], part) for part in parts)
     return scrub.cut(scrub.tidy(text), self._config.text.max_words)
 
   def _clean(self, value: str) -> str:
@@ -137,6 +139,20 @@ class TableReader:
     return {name: "positive" for name in names if name and not self._is_unknown(name)}
 
 
+def _has(config: ml_collections.ConfigDict, key: str) -> bool:
+  for name in key.split("."):
+    if not isinstance(config, ml_collections.ConfigDict) or name not in config:
+      return False
+    config = config[name]
+  return True
+
+
+def _as_texts(entry: Mapping[str, Any]) -> dict[str, Any]:
+  """An entry of config.attributes whose mapping, if it has one, goes from text to text, as the table's cells are."""
+  texts = {str(raw): str(value) for raw, value in dict(entry.get("mapping", {})).items()}
+  return {**entry, **({"mapping": texts} if texts else {})}
+
+
 def _attribute(entry: Mapping[str, Any]) -> Attribute:
   fields = {key: value for key, value in entry.items() if key not in ("column", "mapping")}
   if "column" not in entry:
@@ -145,7 +161,7 @@ def _attribute(entry: Mapping[str, Any]) -> Attribute:
     attribute = Attribute(**fields)
   except (TypeError, InputError) as error:
     raise InputError(f"config.attributes: {entry.get('name', entry)}: {error}") from None
-  for raw, value in dict(entry.get("mapping", {})).items():
+  for raw, value in entry.get("mapping", {}).items():
     try:
       attribute.encode(value)
     except ValueError as error:

@@ -204,7 +204,7 @@ def test_taken_output(source, capsys):
   assert (source / "out/precious").read_text() == "data" and len(list((source / "out").iterdir())) == 1
 
 
-@pytest.mark.parametrize("bad", ["values", "mapping", "pattern", "field", "key"])
+@pytest.mark.parametrize("bad", ["values", "mapping", "pattern", "field", "key", "nested", "text", "column"])
 def test_config_mistakes(source, capsys, bad):
   text = Path(CHEST).read_text()
   change = {
@@ -213,11 +213,30 @@ def test_config_mistakes(source, capsys, bad):
     "pattern": (r'(r"\bdiscussion:.*$"', r'(r"\bdiscussion(:.*$"'),
     "field": ('"unit": "year"', '"units": "year"'),
     "key": ('  config.licence = ""\n', ""),
+    "nested": ("  config.text.replace = _REPLACE\n", ""),
+    "text": ("  return config", "  config.text = None\n  return config"),
+    "column": ('"{finding}."', '"{finding}. {}"'),
   }[bad]
   assert change[0] in text
   (source / "config.py").write_text(text.replace(*change))
   write_csv(source / "meta.csv", [row(i) for i in range(60)])
-  assert "config." in error_line(source, capsys, config=str(source / "config.py"))
+  expected = "no column ''" if bad == "column" else "config."
+  assert expected in error_line(source, capsys, config=str(source / "config.py"))
+
+
+def test_names_and_values_of_any_kind(source):
+  """Column names that a format string would read as more than a name, numbers in the mapping and among the unknown."""
+  columns = [name.replace("finding", "Finding: All.Labels[0]") for name in COLUMNS]
+  rows = [{**row(i, sex=str(i % 2)), "Finding: All.Labels[0]": "{Edema}" if i else "-1"} for i in range(60)]
+  write_csv(source / "meta.csv", rows, columns=columns)
+  text = Path(CHEST).read_text().replace('{"M": "male", "F": "female"}', '{0: "male", 1: "female"}')
+  text = text.replace('("todo",)', '("todo", -1)').replace("{finding}", "{Finding: All.Labels[0]}")
+  (source / "config.py").write_text(text.replace('("finding",)', '("Finding: All.Labels[0]",)'))
+  assert run(source, config=str(source / "config.py")) == 0
+  records = stored(source / "out")
+  assert [records[f"{i}.png"]["attributes"]["sex"] for i in range(4)] == [0, 1, 0, 1]
+  assert records["0.png"]["text"] == "Chest X-ray. Opacity."
+  assert records["1.png"]["text"] == "Chest X-ray. {Edema}. Opacity."
 
 
 def test_ages_as_people_write_them(source):
