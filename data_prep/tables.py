@@ -76,12 +76,17 @@ def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
     header = [str(name) for name in file.schema_arrow.names]
     if not file.metadata.num_rows:
       raise InputError(f"{path} has no data rows; it needs at least one")
-    return header, _parquet_rows(file)
+    return header, _parquet_rows(path, file)
   except (OSError, pyarrow.ArrowException) as error:
     raise InputError(f"cannot read {path}: {' '.join(str(error).split())}; give a Parquet file") from None
 
 
-def _parquet_rows(file) -> Iterator[list[str]]:
-  for batch in file.iter_batches():
-    for row in zip(*(column.to_pylist() for column in batch.columns)):
-      yield ["" if value is None or value != value else str(value) for value in row]
+def _parquet_rows(path: str | Path, file) -> Iterator[list[str]]:
+  from pyarrow import ArrowException
+
+  try:
+    for batch in file.iter_batches():
+      for row in zip(*(column.to_pylist() for column in batch.columns)):
+        yield ["" if value is None or value != value else str(value) for value in row]
+  except (OSError, UnicodeDecodeError, ArrowException) as error:  # pages are read as they are needed
+    raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); fetch it again") from None

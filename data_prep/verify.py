@@ -67,7 +67,7 @@ def verify(directory: Path, show: bool = False) -> tuple[dict[str, int], Finding
     raise InputError(
       f"{directory} is not a finished data set ({reason}); give a directory that data_prep made"
     ) from None
-  held_out = _held_out(directory, schema)
+  held_out = _held_out(directory, schema, found)
   patients: dict[str, str] = {}
   keys: set[str] = set()
   cells: Counter[tuple[str, ...]] = Counter()
@@ -180,9 +180,13 @@ def _level_name(attribute: Attribute, level: int) -> str:
   return "unknown" if level < 0 else attribute.level_names[level]
 
 
-def _held_out(directory: Path, schema: Schema) -> list[dict[str, int]]:
+def _held_out(directory: Path, schema: Schema, found: Findings) -> list[dict[str, int]]:
   path = directory / "holdout.json"
-  return [schema.parse_cell(text) for text in json.loads(path.read_text())["cells"]] if path.exists() else []
+  try:
+    return [schema.parse_cell(text) for text in json.loads(path.read_text())["cells"]] if path.exists() else []
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+    found.add(f"cannot be read ({' '.join(str(error).split())})", path.name)
+    return []
 
 
 def _check_counts(

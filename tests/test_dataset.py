@@ -88,6 +88,18 @@ def test_tensorflow_datasets_reads_the_directory(tmp_path):
   assert float(theirs["attributes"]["age"]) == ours[3]["attributes"]["age"]
 
 
+def test_damaged_descriptions(tmp_path):
+  write(tmp_path / "set", examples(20), fractions=(1, 0, 0))
+  whole = (tmp_path / "set/dataset_info.json").read_text()
+  for name in ("holdout.json", "latents.json", "dataset_info.json"):
+    for content in (whole[:-30], "[]", "{}"):
+      (tmp_path / "set" / name).write_text(content)
+      with pytest.raises(InputError, match=rf"{name} (is not valid JSON|has no) .*; prepare the data set again"):
+        RecordSet(tmp_path / "set")
+    (tmp_path / "set" / name).unlink()
+    (tmp_path / "set/dataset_info.json").write_text(whole)
+
+
 def test_patients_are_in_one_split_by_their_own_hash(tmp_path):
   write(tmp_path / "all", examples(400))
   write(tmp_path / "some", (item for item in examples(400) if int(item["key"][1:]) % 4 < 2))

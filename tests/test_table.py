@@ -285,6 +285,10 @@ def test_parquet_table(source, capsys, monkeypatch):
   shutil.rmtree(source / "out")
   (source / "bad.parquet").write_bytes((source / "meta.parquet").read_bytes()[:200])
   assert "give a Parquet file" in error_line(source, capsys, meta="bad.parquet")
+  data = bytearray((source / "meta.parquet").read_bytes())
+  data[4:3000] = bytes(2996)  # pages; the description at the end is whole
+  (source / "bad.parquet").write_bytes(data)
+  assert "bad.parquet is damaged (" in error_line(source, capsys, meta="bad.parquet")
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   assert "pip install pyarrow" in error_line(source, capsys, meta="meta.parquet")
 

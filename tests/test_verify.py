@@ -177,6 +177,14 @@ def test_record_in_a_held_out_cell(copy, capsys):
   assert status == 1 and "lies in a held-out cell" in text
 
 
+@pytest.mark.parametrize("content", ['{"cells": ["sex=fem', "[]", "{}", '{"cells": ["sex=other"]}', '{"cells": [1]}'])
+def test_damaged_holdout(copy, capsys, content):
+  (copy / "holdout.json").write_text(content)
+  checksums.write(copy)
+  status, text = check(copy, capsys)
+  assert status == 1 and "holdout.json: cannot be read (" in text
+
+
 def test_moments_of_a_latent_set():
   values = np.linspace(-30, 30, 2 * 2 * 8).astype(ml_dtypes.bfloat16)
   record = {"key": "k", "patient": "p", "attributes": {"age": 3.0, "sex": -1}, "findings": "{}", "factors": "{}"}

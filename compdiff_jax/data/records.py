@@ -39,6 +39,7 @@ from compdiff_jax.conditioning.schema import Schema
 
 SPLITS = ("train", "val", "test")
 _FORMAT = "array_record"
+_LATENT_KEYS = ("vae", "tokenizer", "shape", "image_size", "prompt_attributes")
 
 
 class Shard(NamedTuple):
@@ -175,15 +176,12 @@ class RecordSet:
 
   def __init__(self, path: str | Path):
     self.path = Path(path)
-    try:
-      info = json.loads((self.path / "dataset_info.json").read_text())
-    except FileNotFoundError:
+    if not (self.path / "dataset_info.json").exists():
       raise InputError(
         f"{self.path} is not a prepared data set (no dataset_info.json); make one with python -m data_prep.phantom or"
         " data_prep.table"
-      ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-      raise InputError(f"{self.path}/dataset_info.json is not valid JSON ({error})") from None
+      )
+    info = _read_object(self.path / "dataset_info.json", ("name", "splits"))
     self.name = info["name"]
     self.description = info.get("description", "")
     self.licence = info.get("redistributionInfo", {}).get("license", "")
@@ -191,9 +189,9 @@ class RecordSet:
     self._shards = {s["name"]: [int(n) for n in s["shardLengths"]] for s in info["splits"]}
     self.splits = {split: sum(lengths) for split, lengths in self._shards.items()}
     holdout = self.path / "holdout.json"
-    self.held_out = tuple(json.loads(holdout.read_text())["cells"]) if holdout.exists() else ()
+    self.held_out = tuple(_read_object(holdout, ("cells",))["cells"]) if holdout.exists() else ()
     latents = self.path / "latents.json"
-    self.latents: dict[str, Any] | None = json.loads(latents.read_text()) if latents.exists() else None
+    self.latents = _read_object(latents, _LATENT_KEYS) if latents.exists() else None
 
   def split(self, name: str) -> "RecordSource":
     """The records of one split by random access; an absent or empty split is an `InputError`."""
@@ -222,6 +220,18 @@ class RecordSet:
     if wrong:
       raise InputError(f"{path}: column {wrong[0]!r} has not {self.splits[split]} values; prepare the data set again")
     return columns
+
+
+def _read_object(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+  """The JSON object of a file that describes the data set; it must have `keys`."""
+  try:
+    data = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path} is not valid JSON ({error}); prepare the data set again") from None
+  missing = [key for key in keys if not isinstance(data, dict) or key not in data]
+  if missing:
+    raise InputError(f"{path} has no {missing[0]!r}; prepare the data set again")
+  return data
 
 
 class RecordSource:
