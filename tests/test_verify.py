@@ -79,7 +79,15 @@ def test_a_good_data_set(whole, capsys):
 @pytest.mark.skipif(not shutil.which("sha256sum"), reason="sha256sum is not installed")
 def test_hashes_in_the_format_of_sha256sum(whole):
   done = subprocess.run(["sha256sum", "-c", checksums.NAME], cwd=whole, capture_output=True, text=True)
-  assert done.returncode == 0 and done.stdout.count(": OK") == len(list(whole.iterdir())) - 1
+  assert done.returncode == 0 and done.stdout.count(": OK") == len(list(whole.iterdir())) - 2  # itself, rejected.csv
+
+
+def test_a_set_is_whole_without_its_rejected_rows(copy, capsys):
+  sums = copy / checksums.NAME
+  assert "rejected.csv" not in sums.read_text()
+  sums.write_text(f"{checksums.sha256(copy / 'rejected.csv')}  rejected.csv\n{sums.read_text()}")  # earlier versions
+  (copy / "rejected.csv").unlink()
+  assert check(copy, capsys)[0] == 0
 
 
 def shard(path: Path, split: str = "train") -> Path:
