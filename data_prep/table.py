@@ -32,7 +32,6 @@ from compdiff_jax import cli
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.config import load_config
-from compdiff_jax.data.csv_file import FIRST_ROW
 from data_prep import dataset, scrub
 from data_prep.demographics import parse_age
 from data_prep.images import FolderImages, ImageOptions
@@ -81,7 +80,7 @@ class TableReader:
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     """Rows in table order. `row` counts as a spreadsheet does: the header is row 1."""
-    for number, cells in enumerate(self._rows, start=FIRST_ROW):
+    for number, cells in self._rows:
       yield self._read(number, cells)
 
   def _read(self, number: int, cells: Sequence[str]) -> dict[str, Any]:

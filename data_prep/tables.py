@@ -20,15 +20,19 @@ def find_table(folders: Sequence[Path], names: Sequence[str], option: str = "--s
   """The first of the files `names` (or its .gz) in the first of `folders` that has one."""
   for folder in folders:
     for name in names:
-      for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-          return path
+      if path := plain_or_gzipped(folder / name):
+        return path
   places = folders[0] if len(folders) == 1 else f"{folders[0]} or its usual subfolders"
   raise InputError(f"{' or '.join(names)} (or .gz) is not in {places}; check {option}")
 
 
-def read_table(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
-  """Header and rows of a CSV or Parquet file; every value is a text, a missing one is empty."""
+def plain_or_gzipped(path: Path) -> Path | None:
+  """`path`, or else its .gz, where there is one."""
+  return next((each for each in (path, path.with_name(f"{path.name}.gz")) if each.is_file()), None)
+
+
+def read_table(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+  """Header and (number, cells) of each row of a CSV or Parquet file; every value is a text, a missing one is empty."""
   if Path(path).suffix.lower() in (".parquet", ".pq"):
     return _read_parquet(path)
   return iterate_csv(path)
@@ -46,7 +50,7 @@ def read_rows(path: str | Path, columns: Sequence[str], optional: Sequence[str] 
       raise InputError(f"{path} has no column {name!r}{nearest(name, header)}")
   places = {name: header.index(name) for name in (*columns, *optional) if name in header}
   absent = dict.fromkeys(set(optional) - set(header), "")
-  for number, cells in enumerate(rows, start=FIRST_ROW):
+  for number, cells in rows:
     values = {name: cells[place].strip() if place < len(cells) else "" for name, place in places.items()}
     wrong = len(cells) != len(header)
     fault = f"wrong number of columns: {len(cells)} instead of {len(header)}" if wrong else ""
@@ -65,7 +69,7 @@ def read_lookup(path: str | Path, key: str, columns: Sequence[str]) -> dict[str,
   return found
 
 
-def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
+def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
   try:
     import pyarrow
     from pyarrow import parquet
@@ -76,7 +80,7 @@ def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
     header = [str(name) for name in file.schema_arrow.names]
     if not file.metadata.num_rows:
       raise InputError(f"{path} has no data rows; it needs at least one")
-    return header, _parquet_rows(path, file)
+    return header, enumerate(_parquet_rows(path, file), start=FIRST_ROW)
   except (OSError, pyarrow.ArrowException) as error:
     raise InputError(f"cannot read {path}: {' '.join(str(error).split())}; give a Parquet file") from None
 

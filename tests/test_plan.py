@@ -75,6 +75,7 @@ BAD = {
   "large seed": (HEAD + "a,t,50,male,PA,4294967296\n", "row 2 column seed"),
   "empty seed": (HEAD + "a,t,50,male,PA,\n", "row 2 column seed: ''"),
   "duplicate id": (HEAD + "a,t,50,male,PA,1\na,t,50,male,PA,2\n", "row 3 column id: 'a' is already used in row 2"),
+  "blank lines": (f"\n{HEAD}\n\na,t,5,male,PA,1\n\na,t,5,male,PA,2\n", "row 7 column id: 'a' is already used in row 5"),
   "short row": (HEAD + "a,t,50\n", "row 2 has 3 values instead of 6"),
   "no rows": (HEAD, "no data rows"),
   "empty file": ("", "no data rows"),

@@ -169,6 +169,29 @@ def test_separators_and_encodings(source, delimiter, encoding):
   assert stored(source / "out")["5.png"]["text"].endswith('Épanchement, left; "small" second line')
 
 
+def test_windows_1252_is_read_and_said(source, capsys):
+  """Python's codec gives no letter to 0x81; the first byte that is not UTF-8 is the dash in line 3."""
+  rows = [row(i, clinical_notes="Opacity – “ground glass”.") for i in range(60)]
+  write_csv(source / "meta.csv", rows, encoding="cp1252")
+  text = (source / "meta.csv").read_bytes()
+  (source / "meta.csv").write_bytes(text.replace(b"\r\n", b"\r\n\r\n", 1).replace(b"ground", b"\x81", 1))
+  assert run(source) == 0
+  assert "meta.csv is not UTF-8 (byte 0x96 in line 3) and is read as Windows-1252;" in capsys.readouterr().err
+  records = stored(source / "out")
+  assert records["1.png"]["text"] == "Chest X-ray. COVID-19. Opacity – “ground glass”."
+  assert records["0.png"]["text"] == "Chest X-ray. COVID-19. Opacity – “� glass”."
+
+
+def test_blank_lines_are_counted(source):
+  write_csv(source / "meta.csv", [row(i) for i in range(60)])
+  lines = (source / "meta.csv").read_text().splitlines()
+  (source / "meta.csv").write_text("\n".join([lines[0], "", *lines[1:4], "", "", *lines[4:], "nowhere.png,p1"]))
+  assert run(source) == 0
+  with open(source / "out/rejected.csv") as file:
+    (rejected,) = csv.DictReader(file)
+  assert rejected["row"] == str(1 + 60 + 3 + 1)
+
+
 def test_bad_input_of_the_whole_run(source, capsys):
   write_csv(source / "meta.csv", [row(i) for i in range(60)])
   write_csv(source / "few.csv", [row(0)])

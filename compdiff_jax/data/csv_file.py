@@ -3,40 +3,44 @@
 import csv
 import gzip
 import io
+import itertools
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from compdiff_jax.cli import InputError
 
-FIRST_ROW = 2  # rows are counted as a spreadsheet does: the header is row 1
+FIRST_ROW = 2  # rows are counted as a spreadsheet does, blank ones too: the header is row 1
 _GZIP = b"\x1f\x8b"
 
 
 def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
-  """Header and data rows; see `iterate_csv`."""
+  """Header and data rows without their numbers; see `iterate_csv`."""
   header, rows = iterate_csv(path)
-  return header, list(rows)
+  return header, [cells for _, cells in rows]
 
 
-def iterate_csv(path: str | Path) -> tuple[list[str], Iterator[list[str]]]:
-  """Header and data rows: UTF-8 (with or without BOM) or Latin-1; comma, semicolon or tab separated; gzipped or not.
+def iterate_csv(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+  """Header and (number, cells) of each data row, of a file with commas, semicolons or tabs, gzipped or not.
 
-  Blank lines are skipped. A row may have another number of values than the header; that is the caller's to judge.
+  Encodings are UTF-8, with or without BOM, and else Windows-1252, which covers the printable half of Latin-1; that is
+  said on stderr. Blank lines are counted and skipped. A row may have another number of values than the header; that is
+  the caller's to judge.
   """
   text = _text(path)
   head = text.lstrip().partition("\n")[0]
   delimiter = max(",;\t", key=head.count)
   csv.field_size_limit(2**24)
   rows = _rows(path, text, delimiter)
-  header = [name.strip() for name in next(rows, [])]
+  header = [name.strip() for name in next(rows, (0, []))[1]]
   first = next(rows, None)
   if first is None:
     raise InputError(f"{path} has no data rows; it needs a header line and at least one row")
   twice = sorted({name for name in header if header.count(name) > 1})
   if twice:
     raise InputError(f"{path}: column {twice[0]!r} occurs twice in the header; rename one")
-  return header, _chain(first, rows)
+  return header, itertools.chain([first], rows)
 
 
 def _text(path: str | Path) -> str:
@@ -53,17 +57,20 @@ def _text(path: str | Path) -> str:
     raise InputError(f"{path} is not a text table; save it as CSV in UTF-8")
   try:
     return data.decode("utf-8-sig")
-  except UnicodeDecodeError:
-    return data.decode("latin-1")
+  except UnicodeDecodeError as error:
+    line = data.count(b"\n", 0, error.start) + 1
+    print(
+      f"{path} is not UTF-8 (byte 0x{data[error.start]:02x} in line {line}) and is read as Windows-1252; if letters"
+      " come out wrong, save it as UTF-8",
+      file=sys.stderr,
+    )
+    return data.decode("cp1252", "replace")  # five bytes mean nothing there
 
 
-def _rows(path: str | Path, text: str, delimiter: str) -> Iterator[list[str]]:
+def _rows(path: str | Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
   try:
-    yield from (row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if row)
+    for number, cells in enumerate(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), start=1):
+      if cells:
+        yield number, cells
   except csv.Error as error:
     raise InputError(f"{path} cannot be read as CSV ({error}); check its quotation marks") from None
-
-
-def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
-  yield first
-  yield from rest

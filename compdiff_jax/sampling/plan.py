@@ -10,7 +10,7 @@ import numpy as np
 
 from compdiff_jax.cli import InputError, nearest, writing
 from compdiff_jax.conditioning.schema import Attribute, Schema, Value
-from compdiff_jax.data.csv_file import FIRST_ROW, read_csv
+from compdiff_jax.data.csv_file import iterate_csv
 from compdiff_jax.data.records import RecordSet
 
 _NUM_SEEDS = 2**32  # seeds are unsigned 32-bit integers
@@ -44,20 +44,20 @@ def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
   (unique) and `negative` (a negative prompt). Other columns are ignored, so a manifest is a plan too. Rows are counted
   as in a spreadsheet.
   """
-  header, table = read_csv(path)
+  header, table = iterate_csv(path)
   for name in ("text", *schema.names):
     if name not in header:
       raise InputError(f"{path} has no column {name!r}{nearest(name, header)}; an unknown attribute is an empty field")
   rows, ids = [], {}
-  for index, values in enumerate(table):
-    place = f"{path} row {index + FIRST_ROW}"
+  for index, (number, values) in enumerate(table):
+    place = f"{path} row {number}"
     if len(values) != len(header):
       raise InputError(f"{place} has {len(values)} values instead of {len(header)}; check commas and quotation marks")
     fields = {name: value.strip() for name, value in zip(header, values)}
     name = fields.get("id", "")
     if name and name in ids:
       raise InputError(f"{place} column id: {name!r} is already used in row {ids[name]}; ids must be unique")
-    ids[name] = index + FIRST_ROW
+    ids[name] = number
     attributes = {a.name: _encode(a, fields[a.name], place) for a in schema}
     seed = _seed(fields["seed"], place) if "seed" in fields else index
     rows.append(PlanRow(fields["text"], attributes, seed, index, name, fields.get("negative", "")))
