@@ -21,7 +21,7 @@ from data_prep.demographics import UNKNOWN, encode, parse_age, parse_race, parse
 from data_prep.images import FolderImages
 from data_prep.rows import RowError
 from data_prep.schemas import AGE, CHEST_RACES, CHEXPERT_LABELS, SEX, demographic_schema
-from data_prep.tables import TableRow, find_table, read_lookup, read_rows
+from data_prep.tables import TableRow, find_table, plain_or_gzipped, read_lookup, read_rows
 
 _PROG = "python -m data_prep.chexpert"
 _TABLES = {"train.csv": SPLITS, "valid.csv": ("val",), "test.csv": ("test",)}
@@ -38,9 +38,9 @@ class CheXpert:
   def __init__(self, options: builder.Options, demographics: Path | None, lateral: bool):
     self._options = options
     places = [options.source, *(options.source / name for name in _FOLDERS)]
-    train = find_table(places, ["train.csv"])
-    tables = {name: train.with_name(name) for name in _TABLES if train.with_name(name).is_file()}
-    table = [(name, row) for name, path in tables.items() for row in read_rows(path, _COLUMNS)]
+    folder = find_table(places, ["train.csv"]).parent
+    tables = {name: plain_or_gzipped(folder / name) for name in _TABLES}
+    table = [(name, row) for name, path in tables.items() if path for row in read_rows(path, _COLUMNS)]
     views = ("Frontal", "Lateral") if lateral else ("Frontal",)
     self._rows = [(n, row) for n, row in table if row.fault or row.values["Frontal/Lateral"] in views]
     self.selected = f"{len(self._rows)} of {len(table)} images selected ({' and '.join(views).lower()})."

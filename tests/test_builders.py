@@ -1,6 +1,7 @@
 """Builders of public data sets on files of exactly their layout, and what they do with damaged input."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -272,6 +273,18 @@ def test_chexpert(source):
     assert record["text"] == expected["text"] and record["findings"] == expected["findings"]
     assert expected["split"] == "any" or record["split"] == "val"
   assert set(records) == set(truth)
+
+
+@pytest.mark.parametrize("gzipped", [["train"], ["valid"], ["train", "valid"]])
+def test_chexpert_with_gzipped_tables(source, gzipped):
+  truth = prep_layouts.chexpert(source)
+  for name in gzipped:
+    path = source / "CheXpert-v1.0-small" / f"{name}.csv"
+    path.with_name(f"{name}.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+  assert build(chexpert, source) == 0
+  records = stored(source, truth)
+  assert set(records) == set(truth) and "val" in {row["split"] for row in truth.values()}
 
 
 def test_chexpert_without_demographics_has_no_race(source):
