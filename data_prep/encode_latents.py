@@ -103,6 +103,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--dtype", choices=DTYPES, default="float32", help="the encoder computes in this")
   args = parser.parse_args(argv)
 
+  if args.batch_size < 1:
+    raise cli.InputError(f"--batch_size {args.batch_size}: give a positive number")
   cli.check_free(args.out)
   records = RecordSet(args.data)
   if records.latents is not None:

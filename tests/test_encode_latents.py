@@ -134,6 +134,7 @@ def test_commands_that_need_images_say_so(workspace, latents, tmp_path, fails):
     (["--image_size", "64"], "prepare larger"),
     (["--image_size", "30"], "multiple of the VAE's downsampling 4"),
     (["--batch_size", "9"], "not divisible"),
+    (["--batch_size", "0"], "--batch_size 0: give a positive number"),
     (["--prompt_attributes", "agee"], "did you mean 'age'"),
     (["--weights", "nowhere"], "nowhere"),
   ],
