@@ -77,7 +77,8 @@ def sample(args: argparse.Namespace) -> None:
   schema = run.model.schema
   rows = read_plan(args.plan, schema)
   rows = [dataclasses.replace(row, negative=row.negative or options.negative) for row in rows]
-  step, params = run.load_params(args.weights, args.step)
+  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  step, trained = run.load_trained(args.weights, mesh, args.step)
   generate = make_generate(
     run.model,
     run.tokenizer,
@@ -86,13 +87,14 @@ def sample(args: argparse.Namespace) -> None:
     guidance=guidance,
     guidance_rescale=options.guidance_rescale,
     batch_size=options.batch_size,
-    mesh=sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}),
+    mesh=mesh,
   )
-  generate = functools.partial(generate, params)
+  generate = functools.partial(generate, run.complete(trained, mesh))
 
   # ---- Images
   settings = {
     "checkpoint_step": step,
+    "model_sha256": run.identity(trained),
     "weights": args.weights,
     "sampler": sampler.name,
     "steps": options.num_steps,

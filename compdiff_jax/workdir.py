@@ -184,6 +184,12 @@ class Run:
 
   def load_params(self, weights: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, all parameters), the trained ones from the checkpoint: `weights` is "ema" or "raw"."""
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    step, trained = self.load_trained(weights, mesh, step)
+    return step, self.complete(trained, mesh)
+
+  def complete(self, trained: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """All parameters: the frozen ones, which must be those of the training, beside the `trained` ones."""
     frozen = self.model.load_frozen(self.config.weights)
     hashes = {name: content_hash(params) for name, params in frozen.items()}
     hashes["tokenizer"] = self.tokenizer.content_hash()
@@ -192,9 +198,27 @@ class Run:
         raise InputError(
           f"{self.config.weights[name]} is not the {name} that {self.workdir} was trained with (content hash differs)"
         )
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
-    step, trained = self.load_trained(weights, mesh, step)
-    return step, self.model.assemble({**sharding.place(frozen, sharding.replicated(mesh)), **trained})
+    return self.model.assemble({**sharding.place(frozen, sharding.replicated(mesh)), **trained})
+
+  def identity(self, trained: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in the run that the image of a row depends on, whichever directory and step holds it.
+
+    `trained` is what `load_trained` returns, whole on every host. Low-rank factors count as they are: the sums of a
+    merge differ between kinds of hardware.
+    """
+    model, config = self.model, self.config
+    networks = (model.unet_config, model.vae_config, model.text_config, model.conditioner_config, model.schedule)
+    facts = {
+      "trained": {name: content_hash(params) for name, params in trained.items()},
+      "frozen": _read_json(self.workdir / "frozen.json"),
+      "tokenizer": self.tokenizer.content_hash(),
+      "networks": [network.to_dict() for network in networks],
+      "schema": model.schema.to_json(),
+      **{name: config[name] for name in ("prompt_attributes", "compute_dtype", "upcast")},
+      "lora": config.lora.to_dict(),
+      "image_size": model.image_size,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
   def load_trained(self, weights: str, mesh: Mesh, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, the parameters in the checkpoint), split over the axis `fsdp` of the mesh.

@@ -4,14 +4,17 @@ import argparse
 import csv
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from compdiff_jax import default_config, export, plan, sample
+from compdiff_jax import default_config, export, plan, sample, sharding
+from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.diffusion.samplers import Sampler
 from compdiff_jax.sampling.sampler import sampler_from_config
+from compdiff_jax.workdir import open_run
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,37 @@ def test_interrupted_job_resumes_with_the_same_images(samples):
   (directory / "000004.png").write_bytes(b"half")
   sample.main(arguments)
   assert {row["file"]: row["sha256"] for row in _manifest(directory)} == before
+
+
+def test_job_resumes_with_the_same_model_only(samples, trained, tmp_path, fails):
+  directory, (_, *rest) = samples
+  job = (directory / "job.json").read_text()
+  rows, settings = _manifest(directory), json.loads(job)["settings"]
+  assert {row["model_sha256"] for row in rows} == {settings["model_sha256"]}
+  facts = json.loads(Image.open(directory / rows[0]["file"]).text["Generation"])
+  assert facts["model_sha256"] == settings["model_sha256"]
+
+  # The same run elsewhere is the same model; other weights, or another schedule, of the same step are not.
+  shutil.copytree(trained, tmp_path / "moved")
+  sample.main([f"--workdir={tmp_path / 'moved'}", *rest])
+  assert _manifest(directory) == rows
+  shutil.copytree(trained, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoints"))
+  step, ema = open_run(trained).load_trained("ema", sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}))
+  ema["conditioner"] = {name: 1.01 * values for name, values in ema["conditioner"].items()}
+  with Checkpoints(tmp_path / "other" / "checkpoints") as checkpoints:
+    checkpoints.save(step, {"ema": ema})
+  message = fails(sample.main, f"--workdir={tmp_path / 'other'}", *rest)
+  assert "another plan, checkpoint or settings (settings.model_sha256: " in message
+  config = json.loads((tmp_path / "moved" / "config.json").read_text())
+  config["scheduler"]["beta_end"] *= 2
+  (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+  assert "(settings.model_sha256: " in fails(sample.main, f"--workdir={tmp_path / 'moved'}", *rest)
+
+  # A job from before the model was recorded.
+  settings.pop("model_sha256")
+  (directory / "job.json").write_text(json.dumps({**json.loads(job), "settings": settings}))
+  assert "(settings.model_sha256: null -> " in fails(sample.main, f"--workdir={trained}", *rest)
+  (directory / "job.json").write_text(job)
 
 
 def test_image_does_not_depend_on_its_batch(samples, trained, workspace, tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from compdiff_jax import __version__, distributed, sharding
 from compdiff_jax.cli import InputError, writing
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.config import differences
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import Tokenizer
 from compdiff_jax.diffusion.samplers import Table
@@ -83,8 +84,8 @@ def run_job(
 
   Args:
     out: directory for `000000.png` …, `manifest.csv`, `schema.json` and `job.json`.
-    settings: what every image shares (checkpoint_step, weights, sampler and its options, guidance); stands in the
-      manifest. A directory begun with other settings or another plan is refused.
+    settings: what every image shares (checkpoint_step, model_sha256, weights, sampler and its options, guidance);
+      stands in the manifest. A directory begun with other settings or another plan is refused.
   """
   job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
   columns = ["file", "sha256", "text", *schema.names, "seed", "negative", *settings]
@@ -137,8 +138,11 @@ def _open_output(out: Path, job: Mapping[str, Any], columns: Sequence[str], sche
       (out / "job.json").write_text(json.dumps(job, indent=2) + "\n")
     return 0
   begun = json.loads((out / "job.json").read_text())
-  if begun != json.loads(json.dumps(job)):
-    raise InputError(f"{out} was begun with another plan, checkpoint or settings; give a new directory")
+  changed = differences(begun, json.loads(json.dumps(job)))
+  if changed:
+    raise InputError(
+      f"{out} was begun with another plan, checkpoint or settings ({'; '.join(changed[:4])}); give a new directory"
+    )
   with (out / "manifest.csv").open(newline="") as file:
     entries = list(csv.reader(file))[1:]
   kept = []
