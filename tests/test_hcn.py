@@ -313,6 +313,17 @@ def test_levels_at_the_edges_of_bins():
   np.testing.assert_array_equal(AGE.levels(np.asarray(ages, np.float32)), expected)
 
 
+def test_levels_at_edges_that_binary_fractions_miss():
+  """Counted in hundredths: i/100 reaches the edges 1/100 to i/100, freshly encoded, stored and in the conditioner."""
+  hundredths = np.arange(101)
+  dose = Attribute("dose", "continuous", low=0, high=2, bins=tuple(hundredths[1:] / 100))
+  values = [dose.encode(f"{i / 100}") for i in hundredths]
+  np.testing.assert_array_equal(dose.levels(values), hundredths)
+  np.testing.assert_array_equal(dose.levels(np.asarray(values, dose.dtype)), hundredths)
+  np.testing.assert_array_equal([dose.levels(np.asarray(value)[None])[0] for value in values], hundredths)
+  np.testing.assert_array_equal(level_indices(dose, jnp.asarray(values, dose.dtype)), hundredths)
+
+
 def test_config_round_trip_and_errors():
   config = HCNConfig.from_dict({"attributes": ["sex", "race"], "d_node": 8})
   assert config.attributes == ("sex", "race") and HCNConfig.from_dict(config.to_dict()) == config

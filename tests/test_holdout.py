@@ -72,6 +72,22 @@ def test_cell_and_its_patients_leave_training_and_nothing_is_lost(source, tmp_pa
   assert tfds.builder_from_directory(tmp_path / "out").info.redistribution_info.license == _LICENCE
 
 
+def test_values_at_the_edges_of_bins_do_not_leak(tmp_path):
+  """0.7 as it is stored is below the float64 0.7; whole hundredths tell on which side of an edge a record lies."""
+  schema = Schema((Attribute("dose", "continuous", low=0, high=1, bins=(0.3, 0.7)), SCHEMA["sex"]))
+  items = [
+    {**item, "attributes": {"dose": (0.1, 0.3, 0.5, 0.7, 0.9)[i % 5], "sex": i % 2}}
+    for i, item in enumerate(examples(400, images_per_patient=1))
+  ]
+  write(tmp_path / "source", items, schema=schema)
+  _run(tmp_path / "source", tmp_path / "out", "--cells", "dose=0.3-0.7,sex=male;dose=0.7+,sex=female")
+  every = {(dose, sex) for dose in (10, 30, 50, 70, 90) for sex in (0, 1)}
+  held_out = {(30, 0), (50, 0), (70, 1), (90, 1)}
+  for split, members in records(tmp_path / "out").items():
+    found = {(round(100 * r["attributes"]["dose"]), r["attributes"]["sex"]) for r in members}
+    assert found == (every if split == "test" else every - held_out)
+
+
 def test_earlier_holdouts_are_kept(source, tmp_path):
   _run(source, tmp_path / "one", "--cells", _CELL)
   found = _run(tmp_path / "one", tmp_path / "two", "--cells", "age=0-40,sex=male,group=A")

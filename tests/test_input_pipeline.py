@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import json
 import os
 import pickle
@@ -357,8 +358,17 @@ def test_schema_levels_cells_and_json():
   assert Schema.from_json(_SCHEMA.to_json()) == _SCHEMA and len(_SCHEMA.cells()) == 10
   for cell in _SCHEMA.cells():
     assert _SCHEMA.parse_cell(_SCHEMA.cell_name(cell)) == cell
-  for level in range(5):
-    assert age.levels(np.array([age.representative(level)]))[0] == level
+  assert [age.representative(level) for level in range(5)] == [9, 29, 50, 70, 90]
+
+
+@pytest.mark.parametrize(
+  "edges", [(0, 0.3, 0.7, 1), (0.2, 0.4, 0.6), (0, 18, 40, 100), (-1.5, -1.2, 2.5), (0, 1, 2, 3), (0, 0.1, 12.6, 12.9)]
+)
+def test_representative_lies_in_its_bin(edges):
+  dose = Attribute("dose", "continuous", low=edges[0], high=edges[-1], bins=edges[1:-1])
+  for low, high in itertools.pairwise(edges):
+    value = dose.representative(edges.index(low))
+    assert low <= value < high and dose.levels([value])[0] == edges.index(low)
 
 
 @pytest.mark.parametrize("text", ["age=60-81", "sexx=male", "age=80+,age=0-18", "sex"])
@@ -375,6 +385,7 @@ def test_bad_cells_are_refused(text):
     ({"name": "a", "kind": "categorical", "values": ("x", "none")}, "stands for unknown"),
     ({"name": "a", "kind": "continuous", "low": 5, "high": 5}, "low < high"),
     ({"name": "a", "kind": "continuous", "low": 0, "high": 9, "bins": (4, 3)}, "must rise"),
+    ({"name": "a", "kind": "continuous", "low": 0, "high": 9, "bins": (4, 4 + 1e-9)}, "must rise"),  # one in float32
     ({"name": "a", "kind": "ordinal"}, "must be one of 'categorical', 'continuous', 'multilabel'"),
   ],
 )

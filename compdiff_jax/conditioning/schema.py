@@ -71,8 +71,8 @@ class Attribute:
     elif self.kind == "continuous":
       if not self.low < self.high:
         raise InputError(f"attribute {self.name}: needs low < high")
-      edges = (self.low, *self.bins, self.high)
-      if any(a >= b for a, b in itertools.pairwise(edges)):
+      edges = np.asarray([self.low, *self.bins, self.high], self.dtype)  # as values are compared with them
+      if not np.all(edges[:-1] < edges[1:]):
         raise InputError(f"attribute {self.name}: bins {list(self.bins)} must rise between low and high")
     elif self.kind == "multilabel":
       texts = [value.strip().lower() for value in self.values]
@@ -171,22 +171,28 @@ class Attribute:
       return (values if hasattr(values, "ndim") else np.asarray(values))[..., 0] >= 0
     return values >= 0 if self.kind == "categorical" else values == values  # NaN is the only x != x
 
-  def levels(self, values: np.ndarray) -> np.ndarray:
-    """Level index of each encoded value, int32 [B]; -1 where unknown."""
+  def levels(self, values: np.ndarray | Sequence[Value]) -> np.ndarray:
+    """Level index of each encoded value, int32 [B]; -1 where unknown.
+
+    Numbers and edges are compared in float32, as they are stored and as the conditioners compare them: in float64 the
+    stored 0.7 lies below the edge 0.7.
+    """
     self._check_levels()
-    values = np.asarray(values)
+    values = np.asarray(values, self.dtype)
     if self.kind == "categorical":
-      return values.astype(np.int32)
-    index = np.searchsorted(np.asarray(self.bins), np.nan_to_num(values), side="right")
+      return values
+    index = np.searchsorted(np.asarray(self.bins, self.dtype), np.nan_to_num(values), side="right")
     return np.where(np.isnan(values), UNKNOWN_INDEX, index).astype(np.int32)
 
   def representative(self, level: int) -> int | float:
-    """An encoded value inside a level: the index itself, or the middle of the bin (rounded)."""
+    """An encoded value inside a level: the index itself, or the middle of the bin, rounded where that is inside."""
     self._check_levels()
     if self.kind == "categorical":
       return level
-    edges = (self.low, *self.bins, self.high)
-    return float(round((edges[level] + edges[level + 1]) / 2))
+    low, high = (self.low, *self.bins, self.high)[level : level + 2]
+    middle = (low + high) / 2
+    rounded = float(round(middle))
+    return rounded if low <= rounded < high else middle
 
 
 @dataclasses.dataclass(frozen=True)
