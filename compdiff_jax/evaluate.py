@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     raise cli.InputError(f"--max_images {args.max_images} must be at least --min_n ({args.min_n})")
   if args.size is not None and args.size < SMALLEST_SIDE:
     raise cli.InputError(f"--size {args.size} must be at least {SMALLEST_SIDE}")
+  if args.seed < 0:
+    raise cli.InputError(f"--seed {args.seed} must not be negative")
   if args.real_split == args.train_split:
     raise cli.InputError(f"--real_split and --train_split are both {args.real_split!r}; compare with unseen patients")
   names = [name for name in args.extractors.split(",") if name]

@@ -406,6 +406,7 @@ def test_bad_synthetic_set(sets, synthetic, tmp_path, capsys, damage, words):
     ("--min_n=2", "must be at least 4"),
     ("--size=8", "must be at least 16"),
     ("--max_images=3", "must be at least --min_n"),
+    ("--seed=-1", "--seed -1 must not be negative"),
     ("--vae_reconstructions=none.png", "none.png is not a readable picture"),
     ("--seeds=3", "unrecognized arguments: --seeds=3"),
   ],

@@ -142,29 +142,50 @@ def attributes(age, sex, group):
 
 
 def test_groups_counts_refusals_and_held_out_status():
-  real = attributes([30, 30, 50, 70, np.nan], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0])
-  synthetic = attributes([30, 30, 30, 70, 70], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1])
+  real = attributes(*np.repeat([[30, 30, 50, 70, np.nan], [0, 0, 1, 1, 0], [0, 0, 1, 1, 0]], 5, axis=1))
+  synthetic = attributes(*np.repeat([[30, 30, 30, 70, 70], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]], 5, axis=1))
   # (70, female, B) is absent; its pairs (70, female), (70, B), (female, B) are all there.
   train = attributes([70, 70, 30], [1, 0, 1], [0, 1, 1])
   cell = SCHEMA.parse_cell("age=60+,sex=female,group=B")
-  patients = np.array(["p", "p", "q", "r", "s"])
-  found = groups.make_groups(SCHEMA, [cell], real, synthetic, train, patients, min_n=2)
+  patients = np.array([f"{p}{i}" for p in "ppqrs" for i in range(5)])
+  found = groups.make_groups(SCHEMA, [cell], real, synthetic, train, patients, min_n=10)
   by_name = {g.name: g for g in found}
   assert by_name["overall"].refusal == ""
   assert by_name["overall"].n_train == 3
   young = by_name["age=0-40"]
-  assert (len(young.real), len(young.synthetic), young.n_patients, young.refusal) == (2, 3, 1, "")
-  assert by_name["sex=female"].n_patients == 2
+  assert (len(young.real), len(young.synthetic), young.n_patients, young.refusal) == (10, 15, 5, "")
+  assert by_name["sex=female"].n_patients == 10
   held = by_name["age=60+,sex=female,group=B"]
   assert held.held_out == "pair-seen"
-  assert held.refusal == "not evaluable (n=1 real, 2 synthetic; needs 2)"
-  assert by_name["held-out (pair-seen)"].synthetic.tolist() == [3, 4]
+  assert held.refusal == "not evaluable (n=5 real, 10 synthetic; needs 10)"
+  assert by_name["held-out (pair-seen)"].synthetic.tolist() == list(range(15, 25))
   assert by_name["age=60+,sex=female"].held_out == ""  # a parent of the held-out cell was seen
   assert "age=40-60,sex=male" not in by_name  # no image on either side
   assert groups.held_out_status(SCHEMA, cell, attributes([70, 70], [1, 0], [0, 1])) == "pair-unseen"
   assert groups.held_out_status(SCHEMA, cell, attributes([70], [1], [1])) == ""
-  few_patients = groups.make_groups(SCHEMA, [], real, synthetic, train, np.full(5, "p"), min_n=4)
-  assert "real patients" in few_patients[0].refusal
+  few_patients = groups.make_groups(SCHEMA, [], real, synthetic, train, np.full(25, "p"), min_n=4)
+  assert few_patients[0].refusal == "not evaluable (1 real patients; needs 2)"
+
+
+@pytest.mark.parametrize("min_n", range(4, 10))
+def test_a_group_too_small_for_size_matching_leaves_the_others_alone(min_n):
+  """Groups of 3 to 10 real patients: KID exists at two fifths of 5 and more."""
+  rng = np.random.default_rng(0)
+  counts = np.arange(3, 11)
+  cells = np.repeat(np.arange(8), counts)
+  schema = Schema((Attribute("dose", "categorical", tuple("abcdefgh")),))
+  columns, units = {"dose": cells}, np.arange(len(cells)).astype(str)
+  members = groups.make_groups(schema, [], columns, columns, columns, units, min_n)
+  for group, count in zip(members[1:], counts):
+    assert bool(group.refusal) == (count < max(min_n, 5)), group
+    if count == 4 and min_n == 4:
+      assert "4 real patients, 4 synthetic images; KID at two fifths needs 5 of each" in group.refusal
+  x, y = rng.normal(size=(2, len(cells), 6))
+  for group in members:
+    if not group.refusal:
+      size = groups.matched_sizes(members)[group.kind]
+      found = groups.fidelity(group, members, schema, x, y, units, size, 0)
+      assert size >= 2 and np.isfinite(found["kid"]["matched"]["mean"])
 
 
 def test_composition_gap_is_total_variation():
@@ -228,6 +249,17 @@ def test_wilson_interval_matches_scipy():
   for hits, n in ((0, 20), (7, 20), (20, 20), (93, 200)):
     expected = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
     np.testing.assert_allclose(alignment.wilson(hits / n, n), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("hits", "n", "void"), [(7, 10, True), (10, 10, False), (31, 50, True), (63, 100, False)])
+def test_an_attribute_is_void_where_its_interval_reaches_chance(hits, n, void):
+  """Half of the images are male: chance is 0.5. 7 of 10 and 31 of 50 are 0.10 above it, and may be chance."""
+  schema = SCHEMA.subset(["sex"])
+  recorded = {"sex": np.arange(n) % 2}
+  read = {"sex": np.where(np.arange(n) < hits, recorded["sex"], 1 - recorded["sex"])}
+  found = alignment.fidelity(schema, [], recorded, read, recorded, read, min_n=4)
+  low = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson").low
+  assert found["attributes"]["sex"]["status"].startswith("void: ") == (low <= 0.5) == void
 
 
 # ---- Features

@@ -1,7 +1,8 @@
 """Do the images show the attributes they were asked for? Predictions on synthetic images beside those on real ones.
 
 The reader of attributes is fitted on real training images only. Its figure on real test images is the practical
-ceiling, and where that is not clearly above chance its figure on synthetic images is void.
+ceiling, and where that is not clearly above chance, by a margin and by its interval, its figure on synthetic images is
+void.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,10 +64,12 @@ def fidelity(
     known = levels >= 0
     chance = np.bincount(levels[known]).max() / known.sum() if known.any() else 1.0
     right = (levels == a.levels(predicted_real[a.name]))[known]
+    accuracy = right.mean() if known.any() else 0.0
+    low, high = wilson(accuracy, len(right)) if known.any() else (0.0, 1.0)
     status = "ok"
-    if not known.any() or right.mean() < chance + MARGIN:
-      accuracy = right.mean() if known.any() else 0.0
-      status = f"void: {accuracy:.3f} of real test images read right, chance {chance:.3f}"
+    if accuracy < chance + MARGIN or low <= chance:
+      read = f"{accuracy:.3f} ({low:.3f} to {high:.3f}) of {len(right)} real test images read right"
+      status = f"void: {read}, chance {chance:.3f}"
       void.append(a.name)
     attributes[a.name] = {"kind": a.kind, "unit": a.unit, "chance": float(chance), "status": status}
   rows = []

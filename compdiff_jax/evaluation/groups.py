@@ -71,7 +71,8 @@ def make_groups(
     held_out: cells said to be absent from training; partial cells cover every cell inside them.
     real, synthetic, train: encoded attributes; unknown values belong to no group but "overall".
     patients: patient of each real image.
-    min_n: a group with fewer real or synthetic images, or fewer than min_n / 2 real patients, is not evaluable.
+    min_n: a group with fewer real or synthetic images, or fewer than min_n / 2 real patients, is not evaluable. Nor is
+      one of which two fifths are a single image (`matched_sizes`).
   """
   sets = {"real": real, "synthetic": synthetic, "train": train}
   status = {tuple(cell.items()): held_out_status(schema, cell, train) for cell in held_out}
@@ -85,6 +86,10 @@ def make_groups(
       refusal = f"not evaluable (n={n_real} real, {n_synthetic} synthetic; needs {min_n})"
     elif n_patients < min_n // 2:
       refusal = f"not evaluable ({n_patients} real patients; needs {min_n // 2})"
+    elif _matched_size(n_patients, n_synthetic) < 2:
+      refusal = (
+        f"not evaluable ({n_patients} real patients, {n_synthetic} synthetic images; KID at two fifths needs 5 of each)"
+      )
     return Group(name, kind, cell, held, rows["real"], rows["synthetic"], len(rows["train"]), n_patients, refusal)
 
   def of_cell(kind: str, cell: Cell) -> Group | None:
@@ -138,9 +143,13 @@ def matched_sizes(groups: Sequence[Group]) -> dict[str, int]:
   sizes: dict[str, int] = {}
   for group in groups:
     if not group.refusal:
-      size = min(min(group.n_patients, len(group.synthetic)) * 2 // 5, kid.LARGEST_SUBSET)
+      size = _matched_size(group.n_patients, len(group.synthetic))
       sizes[group.kind] = min(sizes.get(group.kind, size), size)
   return sizes
+
+
+def _matched_size(n_patients: int, n_synthetic: int) -> int:
+  return min(min(n_patients, n_synthetic) * 2 // 5, kid.LARGEST_SUBSET)
 
 
 def fidelity(
