@@ -1,5 +1,7 @@
 """Which values the numbers of a config may have, whatever the other keys say."""
 
+import math
+
 import ml_collections
 
 from compdiff_jax.cli import InputError
@@ -60,6 +62,7 @@ _FROM_0_TO_1 = (
 )
 # Shares of the past that a running average keeps; 1 would keep all of it.
 _BELOW_1 = ("train.b1", "train.b2", "train.ema_decay")
+_FINITE = ("sample.guidance",)
 _SEEDS = 2**31  # the seed is an argument of the compiled step, in which integers have 32 bits
 
 
@@ -70,6 +73,7 @@ def check_limits(config: ml_collections.ConfigDict) -> None:
     **dict.fromkeys(_POSITIVE, (lambda x: x > 0, "positive")),
     **dict.fromkeys(_FROM_0_TO_1, (lambda x: 0 <= x <= 1, "from 0 to 1")),
     **dict.fromkeys(_BELOW_1, (lambda x: 0 <= x < 1, "at least 0 and below 1")),
+    **dict.fromkeys(_FINITE, (math.isfinite, "finite")),
     "seed": (lambda x: 0 <= x < _SEEDS, f"from 0 to {_SEEDS - 1}"),
   }
   for key, (allowed, words) in rules.items():

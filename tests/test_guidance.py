@@ -116,6 +116,12 @@ def test_weights_are_read():
   assert parse_guidance(7.5, "demographics=4, age=-1.5", MODEL) == Guidance(7.5, 4.0, {"age": -1.5})
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_is_finite(scale):
+  with pytest.raises(InputError, match=f"guidance {scale} must be a finite number"):
+    parse_guidance(scale, "", MODEL)
+
+
 @pytest.mark.parametrize(
   ("parts", "config", "words"),
   [

@@ -52,6 +52,8 @@ def test_every_number_has_limits(key):
     ("train.clip_norm=0.0", "config.train.clip_norm is 0.0; it must be positive"),
     ("fairness.window=1", "config.fairness.window is 1; it must be at least 2"),
     ("vae_training.batch_size=0", "config.vae_training.batch_size is 0; it must be at least 1"),
+    ("sample.guidance=nan", "config.sample.guidance is nan; it must be finite"),
+    ("sample.guidance=-inf", "config.sample.guidance is -inf; it must be finite"),
     ("seed=2147483648", "config.seed is 2147483648; it must be from 0 to 2147483647"),
   ],
 )

@@ -53,6 +53,26 @@ def test_grids():
   )
 
 
+@pytest.mark.parametrize("sampler", _OPTIONS, ids=str)
+@pytest.mark.parametrize("steps_offset", [0, 1, 2])
+def test_every_number_of_steps_gives_a_finite_table_or_is_refused(sampler, steps_offset):
+  """Up to one step a timestep; what is refused has a timestep twice or one behind the last."""
+  schedule, refused = NoiseSchedule(num_train_timesteps=20, steps_offset=steps_offset), []
+  for num_steps in range(1, 21):
+    try:
+      table = samplers.make_table(sampler, schedule, num_steps)
+    except InputError:
+      refused.append(num_steps)
+      continue
+    assert np.isfinite(table.matrices).all() and 0 <= table.timesteps.min() <= table.timesteps.max() <= 19
+  fast = sampler.name in ("dpmpp_2m", "unipc")
+  points = {n: n + 1 if fast and sampler.timestep_spacing != "trailing" else n for n in range(1, 21)}
+  outside = {n for n, p in points.items() if p > 20}
+  if sampler.timestep_spacing == "leading":
+    outside |= {n for n, p in points.items() if (p - 1) * (20 // p) + steps_offset > 19}
+  assert set(refused) == outside
+
+
 def test_a_picture_depends_on_its_seed_alone_and_every_step_draws_anew():
   """The compiled program, with the noise drawn inside."""
   table, shape = samplers.make_table(Sampler("ddpm"), NoiseSchedule(), 4), (4, 4, 2)
@@ -85,6 +105,12 @@ def test_a_picture_depends_on_its_seed_alone_and_every_step_draws_anew():
     (lambda: samplers.make_table(Sampler(), NoiseSchedule(), 0), "sampling steps 0 must lie in 1 to 999"),
     (lambda: samplers.make_table(Sampler(), NoiseSchedule(), 1000), "sampling steps 1000 must lie in 1 to 999"),
     (lambda: samplers.make_table(Sampler("euler"), NoiseSchedule(), 1001), "must lie in 1 to 1000"),
+    (lambda: samplers.make_table(Sampler("dpmpp_2m"), NoiseSchedule(), 1000), "must lie in 1 to 999 with dpmpp_2m"),
+    (lambda: samplers.make_table(Sampler("unipc", "leading"), NoiseSchedule(), 999), "must lie in 1 to 998 with unipc"),
+    (
+      lambda: samplers.make_table(Sampler(), NoiseSchedule(steps_offset=2), 500),
+      "sampling steps 500 begin at timestep 1000 with scheduler.steps_offset 2",
+    ),
     (lambda: Sampler("pndm").check(NoiseSchedule(prediction_type="sample")), "pndm does not support prediction_type"),
     (
       lambda: Sampler("pndm").check(NoiseSchedule(prediction_type="v_prediction", rescale_betas_zero_snr=True)),

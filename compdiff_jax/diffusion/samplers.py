@@ -31,6 +31,8 @@ DEFAULT_SPACINGS = {
   "pndm": "leading",
 }
 _WITH_KARRAS = ("dpmpp_2m", "euler", "unipc")
+# They take the grid of one step more, without its lowest point (`_fast_grid`).
+_FAST = ("dpmpp_2m", "unipc")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +90,17 @@ class Table(NamedTuple):
 def make_table(sampler: Sampler, schedule: NoiseSchedule, num_steps: int) -> Table:
   """The table of `num_steps` steps; PNDM calls the model once more."""
   sampler.check(schedule)
-  last = schedule.num_train_timesteps
-  if sampler.timestep_spacing == "leading" and schedule.steps_offset:
-    last -= 1
+  count, leading = schedule.num_train_timesteps, sampler.timestep_spacing == "leading"
+  more = int(sampler.name in _FAST and sampler.timestep_spacing != "trailing")
+  last = count - more - int(leading and schedule.steps_offset > 0)
   if not 1 <= num_steps <= last:
-    raise InputError(f"sampling steps {num_steps} must lie in 1 to {last}")
+    raise InputError(f"sampling steps {num_steps} must lie in 1 to {last} with {sampler.name}")
+  first = _grid(sampler.timestep_spacing, schedule, num_steps + more)[0]
+  if first >= count:
+    raise InputError(
+      f"sampling steps {num_steps} begin at timestep {first:g} with scheduler.steps_offset {schedule.steps_offset}, and"
+      f" the last is {count - 1}; take another number of steps"
+    )
   with np.errstate(divide="ignore"):  # the last noise level is 0, its half log-SNR is infinite
     return _BUILDERS[sampler.name](sampler, schedule, num_steps)
 

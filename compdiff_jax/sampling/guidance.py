@@ -40,8 +40,10 @@ def parse_guidance(scale: float, parts: str, model: LatentDiffusion) -> Guidance
   """Reads a scale and "demographics=4,age=2", the weights that differ from it.
 
   Raises:
-    InputError: a weight is no number, or of something that this model cannot guide by.
+    InputError: a weight is no finite number, or of something that this model cannot guide by.
   """
+  if not math.isfinite(scale):
+    raise InputError(f"guidance {scale:g} must be a finite number")
   config = model.conditioner_config
   names = config.select(model.schema).names
   weights = {}
