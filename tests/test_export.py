@@ -89,7 +89,8 @@ def test_shards_in_half_precision(imported, tmp_path):
   for name, model in toy_models.networks().items():
     state = model.to(torch.bfloat16).state_dict()
     assert all(torch.equal(value, state[key]) for key, value in getattr(pipe, name).state_dict().items()), name
-  assert pipe("x", age=70, sex="male", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
+  values = {"age": 70, "sex": "male", "race": "Asian"}
+  assert pipe("x", **values, num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
 def test_shard_sizes():

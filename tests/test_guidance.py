@@ -131,6 +131,7 @@ def test_a_scale_is_finite(scale):
     ("age=1,age=2", CONFIG, "names age twice"),
     ("age=1", NoConditionerConfig(d_ctx=8), "its demographics are words of the prompt"),
     ("age=1", HCNConfig(d_node=8, d_ctx=8, aux_hidden_dim=0, learned_nulls=False), "no learned nulls"),
+    ("age=1", TypedConfig(d_node=8, d_ctx=8, aux_hidden_dim=0, unconditional="zeros"), "no learned nulls"),
   ],
 )
 def test_weights_that_are_refused(parts, config, words):

@@ -140,11 +140,16 @@ def imported(tmp_path_factory, base):
   return directory / "run"
 
 
-def test_an_imported_model_is_sampled(imported, tmp_path):
+def test_an_imported_model_is_sampled(imported, tmp_path, fails):
   (tmp_path / "plan.csv").write_text("text,age,sex,race\nEffusion.,64,female,Asian\nEffusion.,,,\n")
   out = tmp_path / "samples"
   sample.main([f"--workdir={imported}", f"--plan={tmp_path / 'plan.csv'}", f"--out={out}", "--num_steps=2"])
   assert len(list(out.glob("*.png"))) == 2
+  # The reference never trains its nulls.
+  (tmp_path / "plan.csv").write_text("text,age,sex,race\nEffusion.,,female,Asian\n")
+  arguments = [f"--workdir={imported}", f"--plan={tmp_path / 'plan.csv'}", f"--out={tmp_path / 'partial'}"]
+  assert "plan.csv row 2: age left out, and this model has no learned nulls" in fails(sample.main, *arguments)
+  assert not (tmp_path / "partial").exists()
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +180,10 @@ def test_torch_loads_what_was_imported_and_exported(exported, models):
       assert torch.equal(value, model.state_dict()[key]), f"{name} {key}"
   state = toy_models.conditioner_state(TYPED)
   assert all(torch.equal(value, state[key]) for key, value in pipe.conditioner.state_dict().items())
-  assert "imported from source (CompDiff release)" in (exported / "float32" / "README.md").read_text()
+  card = (exported / "float32" / "README.md").read_text()
+  assert "imported from source (CompDiff release)" in card and "Give all of age, sex, race, or none of them" in card
+  with pytest.raises(ValueError, match="no learned nulls: give age too"):
+    pipe("Effusion.", sex="female", race="Asian")
 
 
 def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails, monkeypatch):

@@ -72,7 +72,7 @@ class TypedConfig(ConditionerConfig):
     use_uncertainty: False makes the latent h itself (no `mu_head`, no `logsigma_head`).
     aux_hidden_dim: hidden width of the auxiliary heads; 0 leaves them out.
     unconditional: what a sample gets of which nothing is known: the tokens of the learned "nulls", or "zeros" as in
-      the reference, whose released nulls are untrained.
+      the reference, whose released nulls are untrained: a single unknown attribute has no meaning there.
   """
 
   attributes: tuple[str, ...] = ()
@@ -114,6 +114,10 @@ class TypedConfig(ConditionerConfig):
       raise InputError(f"field num_registers is {self.num_registers}; registers need tokens=True")
     if self.composer == "transformer" and self.d_node % self.transformer_heads:
       raise InputError(f"field transformer_heads is {self.transformer_heads}; it must divide d_node {self.d_node}")
+
+  @property
+  def represents_unknown(self) -> bool:
+    return self.unconditional == "nulls"
 
   def build(self, schema: Schema, rngs: nnx.Rngs) -> "Typed":
     return Typed(self, schema, rngs=rngs)

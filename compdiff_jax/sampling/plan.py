@@ -77,6 +77,17 @@ def _seed(text: str, place: str) -> int:
   return int(text)
 
 
+def check_complete(path: str | Path, rows: Sequence[PlanRow], conditioned: Schema) -> None:
+  """Raises an `InputError` where a row gives some of the attributes of `conditioned` and leaves others out."""
+  for row in rows:
+    unknown = [a.name for a in conditioned if not a.is_known(row.attributes[a.name])]
+    if 0 < len(unknown) < len(conditioned.names):
+      raise InputError(
+        f"{path} row {row.row + FIRST_ROW}: {', '.join(unknown)} left out, and this model has no learned nulls; give"
+        f" all of {', '.join(conditioned.names)}, or none of them"
+      )
+
+
 def write_plan(path: str | Path, rows: Sequence[PlanRow], schema: Schema) -> None:
   """Writes rows as a plan CSV; an existing file is never overwritten."""
   path = Path(path)

@@ -65,7 +65,7 @@ class _Film(nn.Module):
 class _Conditioner(ModelMixin, ConfigMixin):
   """What all conditioners do with a user's values: check them, encode them, put them in front of a prompt."""
 
-  # Whether a single unknown attribute has a representation of its own. If not, all are given or none.
+  # Whether a single unknown attribute has a learned representation. If not, all are given or none.
   represents_unknown = True
 
   def _read_schema(self, schema, attributes):
@@ -301,7 +301,8 @@ class TypedConditioner(_Conditioner):
     film_hidden: inner width of that network.
     freq_dim: number of sinusoids of a number.
     flat_hidden, transformer_layers, transformer_heads: sizes of the composers.
-    unconditional: whether a sample of which nothing is known gets the tokens of the learned "nulls", or "zeros".
+    unconditional: whether a sample of which nothing is known gets the tokens of the learned "nulls", or "zeros"; then
+      the nulls are untrained, and all attributes are given or none.
   """
 
   @register_to_config
@@ -329,6 +330,7 @@ class TypedConditioner(_Conditioner):
     prompt_attributes: list = (),
   ):
     super().__init__()
+    self.represents_unknown = unconditional == "nulls"
     self._read_schema(schema, attributes)
     width = len(self.names) * d_node
     for name in self.names:
