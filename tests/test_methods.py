@@ -1,5 +1,6 @@
 """Every config of a method: one compiled step at toy size, shapes at full size, and what is refused."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -135,6 +136,42 @@ def test_fundus_differs_from_chest_in_data_and_batch_alone(name):
   three = Schema((AGE, SEX, race(3)))
   own = config_from_dict(methods.fundus(name).conditioner.to_dict())
   Functional(lambda rngs: own.build(three, rngs))
+
+
+# What the docstring of a phantom config says about the keys in which it differs from its chest twin.
+_DECLARED = {
+  "small networks and pictures": ("unet", "vae", "text_encoder", "conditioner", "data.image_size"),
+  "all from random weights": ("weights",),
+  "the text encoder is trained": ("train_text_encoder",),
+  "budget (steps, batch, rate, warm-up, average)": (
+    *("train.steps", "train.batch_size", "train.learning_rate", "train.warmup_steps", "train.ema_decay"),
+    *("vae_training", "logging"),
+  ),
+  "a smaller KL term": ("loss.kl", "loss.kl_anneal_steps"),
+  "float32": ("compute_dtype",),
+  "samples of 20 steps with guidance 2.": ("sample.num_steps", "sample.guidance", "sample.batch_size"),
+  "on phantoms": ("data.path", "prompt_attributes", "conditioner.attributes"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_docstrings_declare_what_differs(name):
+  read = lambda path: " ".join(ast.get_docstring(ast.parse((REPOSITORY / path).read_text())).split())  # noqa: E731
+  text = read(f"configs/phantom_{name}.py")
+  chest, phantom = to_plain(methods.chest(name)), to_plain(methods.phantom(name))
+  for difference in differences(chest, phantom):
+    key = difference.split(":")[0]
+    words = next(words for words, keys in _DECLARED.items() if f"{key}.".startswith(tuple(f"{k}." for k in keys)))
+    # Without a latent the weight of its KL term has no meaning.
+    assert words in text or (key.startswith("loss.kl") and "kl" not in TERMS[name]), key
+  for data, config in (("chest", methods.chest(name)), ("fundus", methods.fundus(name))):
+    text = read(f"configs/{data}/{name}.py")
+    assert f"global batch {config.train.batch_size} " in text
+    if "Hyper-parameters of the reference" in text:
+      assert ("guidance has the tokens of the nulls; there zero tokens" in text) == bool(TOKENS[name])
+      assert ("the composition loss reads the pass that made the tokens" in text) == ("composition" in TERMS[name])
+      assert ("standard deviation of 0.5; there 0.02" in text) == (name == "compdiff")
+      assert ("the VAE computes in bfloat16" in text) == (config.compute_dtype == "bfloat16" and not config.upcast)
 
 
 def test_hyper_parameters_of_the_reference():

@@ -11,6 +11,10 @@ Hyper-parameters of the reference (configs/baseline_SD/train_baseline.yaml), exc
 - the text encoder is frozen; --config.train_text_encoder=True trains it as the reference does
 - text dropout 0.1, where the reference has none
 - no weight decay on biases, norms, embeddings and nulls
+- the global batch is that of its CompDiff-2; this file has 16 a device
+- the prompt begins "54 year old male White. …"; there "SLO fundus image of a White, male, 54 years old patient …"
+- losses are float32 means over the global batch; there bfloat16, and means on each device
+- the VAE computes in bfloat16; --config.upcast="('vae',)" has it in float32, as there
 - a schedule in optimizer steps and an average with decay 0.9999; --config.train.reference_processes=N has the old one
 """
 

@@ -13,6 +13,10 @@ Hyper-parameters of the reference (configs/FLAT/train_demographic_encoder.yaml),
 - attribute dropout 0.1 and full dropout 0.1
 - learned nulls for unknown attributes, which the reference does not have
 - no weight decay on biases, norms, embeddings and nulls
+- the global batch is that of its CompDiff-2; this file has 16 a device
+- the unconditional branch of guidance has the tokens of the nulls; there zero tokens
+- losses are float32 means over the global batch; there bfloat16, and means on each device
+- the VAE computes in bfloat16; --config.upcast="('vae',)" has it in float32, as there
 - a schedule in optimizer steps and an average with decay 0.9999; --config.train.reference_processes=N has the old one
 """
 
