@@ -16,6 +16,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.additive import AdditiveConfig
 from compdiff_jax.conditioning.flat import FlatConfig
 from compdiff_jax.conditioning.hcn import HCNConfig
+from compdiff_jax.conditioning.none import NoConditionerConfig
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.prompts import format_prompt
@@ -278,6 +279,21 @@ def test_refused_values(variant, options, message, pipes):
   with pytest.raises(ValueError) as error:
     pipes[variant]("x", num_inference_steps=1, **options)
   assert message in str(error.value)
+
+
+def test_demographics_that_are_words_stand_in_the_card(tmp_path, tokenizer_dir):
+  """Nothing but the caller writes them into the prompt of a plain Stable Diffusion pipeline."""
+  plain = (NoConditionerConfig(d_ctx=24), {}, SCHEMA)
+  for names, prompt, template in (
+    (("age", "sex"), "90 year old female. Effusion left.", "<age> year old <sex>. <text>"),
+    ((), "Effusion left.", ""),
+  ):
+    out = tmp_path / f"of_{len(names)}"
+    export(out, tokenizer_dir, "nulls", conditioner=plain, prompt_attributes=names)
+    card = (out / "README.md").read_text()
+    assert f"image = pipe({prompt!r}).images[0]" in card
+    assert (f"    {template}\n" in card) == ("words of the prompt" in card) == bool(names)
+  assert "words of the prompt" not in (export(tmp_path / "hcn", tokenizer_dir, "released") / "README.md").read_text()
 
 
 def test_the_conditioner_cannot_be_lost(exported):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compdiff_jax.conditioning.schema import Attribute, Schema
+from compdiff_jax.data.prompts import format_prompt
 
 _SECTIONS = {"data": "Training data", "recipe": "Training recipe", "metrics": "Evaluation"}
 
@@ -30,6 +31,18 @@ def _example(attribute: Attribute) -> str:
     return repr("; ".join([first, *(f"{label}=negative" for label in rest[:1])]))
   value = attribute.representative(attribute.num_levels - 1)
   return repr(attribute.values[value]) if attribute.kind == "categorical" else f"{value:g}"
+
+
+def _example_prompt(text: str, schema: Schema, names: Sequence[str]) -> str:
+  values = {name: schema[name].representative(schema[name].num_levels - 1) for name in names}
+  return format_prompt(text, values, schema, names).strip()
+
+
+def _template(schema: Schema, names: Sequence[str]) -> str:
+  """`format_prompt` with <name> for the values."""
+  attributes = [schema[name] for name in names]
+  units = {a.name: "year old" if a.unit == "year" else a.unit for a in attributes}
+  return f"{' '.join(f'<{a.name}> {units[a.name]}'.strip() for a in attributes)}. <text>"
 
 
 def _cell(value: Any) -> str:
@@ -77,11 +90,18 @@ def model_card(
     else f"Give all of {', '.join(used)}, or none of them: this model has no representation of a single unknown one."
   )
   trust = ", trust_remote_code=True" if pipeline else ""
-  arguments = ", ".join(filter(None, [repr(card.get("text", "")), keywords if pipeline else ""]))
+  in_words = prompt_attributes if not used else ()  # nothing but the caller puts these into the prompt
+  prompt = _example_prompt(card.get("text", ""), schema, in_words)
+  arguments = ", ".join(filter(None, [repr(prompt), keywords if pipeline else ""]))
   how = (
     f"`trust_remote_code=True` runs `pipeline.py` and `conditioner/conditioner.py` of this directory. {unknown} "
     "Values outside the table are refused. Lists give a batch; `negative_prompt`, `guidance_scale`, "
     "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion."
+  )
+  words = (
+    "Demographics are words of the prompt, and a prompt without them is drawn without. The model was trained with\n\n"
+    f"    {_template(schema, in_words)}\n\n"
+    "in these words and this order; what is unknown is left out."
   )
   conditioned = " with hierarchical demographic conditioning (CompDiff)" if used else ""
   parts = [
@@ -94,6 +114,7 @@ def model_card(
     f"image = pipe({arguments}).images[0]\n"
     "```",
     *([how] if pipeline else []),
+    *([words] if in_words else []),
     *([note] if note else []),
     *(["## Attributes", _table(["attribute", "values", "enters as"], rows)] if rows else []),
   ]
