@@ -7,6 +7,7 @@ from typing import Any
 
 from compdiff_jax import cli, sharding
 from compdiff_jax.cli import InputError
+from compdiff_jax.data.input_pipeline import data_sets
 from compdiff_jax.interop.export_directory import LAYOUTS, write_export
 from compdiff_jax.interop.safetensors_file import DTYPES, parse_size
 from compdiff_jax.interop.schedulers import to_diffusers
@@ -76,7 +77,7 @@ def _export_lora(run: Run, out: Path, weights: str, step: int | None, dtype: str
 
 
 def _described(run: Run, step: int, weights: str) -> dict[str, Any]:
-  """The tables "data" and "recipe" of the model card."""
+  """The example prompt and the tables "data" and "recipe" of the model card."""
   size = f"{run.model.image_size} px"
   if run.source:
     recipe = {"weights": f"imported from {run.source['name']} ({run.source['kind']})"}
@@ -84,7 +85,8 @@ def _described(run: Run, step: int, weights: str) -> dict[str, Any]:
   config = run.config
   start = {"started from": Path(config.init).name} if config.get("init") else {}
   return {
-    "data": {"set": Path(config.data.path).name, "image size": size},
+    "text": config.sample.text,
+    "data": {"set": ", ".join(map(_weighted_name, data_sets(config.data))), "image size": size},
     "recipe": {
       **start,
       **_steps(step),
@@ -97,6 +99,11 @@ def _described(run: Run, step: int, weights: str) -> dict[str, Any]:
       **_last_loss(run.workdir, step),
     },
   }
+
+
+def _weighted_name(data_set: tuple[str, float]) -> str:
+  path, weight = data_set
+  return Path(path).name if weight == 1 else f"{Path(path).name} (weight {weight:g})"
 
 
 def _steps(step: int) -> dict[str, int]:

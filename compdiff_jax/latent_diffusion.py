@@ -116,8 +116,7 @@ class LatentDiffusion:
       raise InputError(
         f"unet.in_channels {unet_config.in_channels} must equal vae.latent_channels {vae_config.latent_channels}"
       )
-    if config.data.image_size % vae_config.downsampling:
-      raise InputError(f"data.image_size {config.data.image_size} must be a multiple of {vae_config.downsampling}")
+    vae_config.latent_side(config.data.image_size)
     if not config.train_text_encoder and not config.weights.text_encoder:
       raise InputError(
         "a frozen text encoder needs weights: set config.weights.text_encoder to a diffusers text_encoder directory,"
@@ -167,7 +166,7 @@ class LatentDiffusion:
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    side = self.image_size // self.vae_config.downsampling
+    side = self.vae_config.latent_side(self.image_size)
     return side, side, self.vae_config.latent_channels
 
   @property

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from compdiff_jax import cli, sharding
 from compdiff_jax.config import load_config
-from compdiff_jax.data.input_pipeline import check_image_size, device_batches, training_batches
+from compdiff_jax.data.input_pipeline import device_batches, open_training_sets, training_batches
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.interop.weights import load_component, read_config, save_component
 from compdiff_jax.metrics import Progress
@@ -41,22 +42,24 @@ def main(argv: list[str]) -> None:
   settings = config.vae_training
 
   # ---- Data and network
-  record_set = RecordSet(config.data.path)
-  if record_set.latents is not None:
-    raise cli.InputError(f"{record_set.path} holds moments; train-vae needs the data set of images they were made from")
-  check_image_size(config.data.image_size, record_set, "train")
+  sets = open_training_sets(config.data)
+  if sets[0][0].latents is not None:
+    raise cli.InputError(f"{sets[0][0].path} holds moments; train-vae needs the data set of images they were made from")
   fields = read_config(settings.init, "AutoencoderKL") if settings.init else config.vae.to_dict()
   vae_config = VAEConfig.from_dict(fields)
+  side = vae_config.latent_side(config.data.image_size)
   vae = Functional(lambda rngs: AutoencoderKL(vae_config, dtype=jnp.float32, rngs=rngs))
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(settings.batch_size, 1, mesh)
   out = cli.new_directory(args.out)
   batches = training_batches(
-    [(record_set, 1.0)],
+    sets,
     "train",
     batch_size=settings.batch_size,
     image_size=config.data.image_size,
     seed=config.seed,
+    balance=config.data.balance,
+    balance_tau=config.data.balance_tau,
     threads=config.data.threads,
     workers=config.data.workers,
   )
@@ -71,7 +74,6 @@ def main(argv: list[str]) -> None:
 
   # ---- Training
   def loss_fn(params, images, key):
-    side = config.data.image_size // vae_config.downsampling
     noise = jax.random.normal(key, [images.shape[0], side, side, vae_config.latent_channels])
     reconstruction, moments = vae(params, images, noise)
     mean, log_variance = jnp.split(moments, 2, axis=-1)
@@ -99,9 +101,9 @@ def main(argv: list[str]) -> None:
   params = state[0]
 
   # ---- Scaling factor, weights, pictures
-  _, _, spread = reconstruct(vae, params, record_set, "train", config.data.image_size)
-  shown = "val" if record_set.splits.get("val") else "train"  # small data sets may have no validation split
-  originals, reconstructions, _ = reconstruct(vae, params, record_set, shown, config.data.image_size)
+  _, _, spread = reconstruct(vae, params, sets, "train", config.data.image_size)
+  shown = "val" if all(records.splits.get("val") for records, _ in sets) else "train"  # small ones may have none
+  originals, reconstructions, _ = reconstruct(vae, params, sets, shown, config.data.image_size)
   vae_config = dataclasses.replace(vae_config, scaling_factor=round(1.0 / spread, 5))
   error = float(np.abs(originals.astype(np.float32) - reconstructions).mean())
   report = {
@@ -119,11 +121,14 @@ def main(argv: list[str]) -> None:
 
 
 def reconstruct(
-  vae: Functional, params: Any, record_set: RecordSet, split: str, image_size: int
+  vae: Functional, params: Any, sets: Sequence[tuple[RecordSet, float]], split: str, image_size: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-  """Up to 256 images of a split, their reconstructions (both uint8 [N, S, S, 3]) and the posterior samples' sd."""
-  source = record_set.split(split)
-  images = np.stack([decode_image(source[i]["image"], image_size) for i in range(min(_MEASURED, len(source)))])
+  """Up to 256 images of a split, of each set in proportion to its weight, their reconstructions (both uint8
+  [N, S, S, 3]) and the posterior samples' sd.
+  """
+  sources = [(records.split(split), weight / sum(weight for _, weight in sets)) for records, weight in sets]
+  chosen = [source[i] for source, share in sources for i in range(min(round(share * _MEASURED), len(source)))]
+  images = np.stack([decode_image(record["image"], image_size) for record in chosen])
 
   @jax.jit
   def pass_through(batch):

@@ -48,7 +48,7 @@ def run(imported, tmp_path_factory):
   (directory / "source.json").unlink()
   shutil.rmtree(directory / "checkpoints")
   config = to_plain(default_config.base("typed")) | json.loads((directory / "config.json").read_text())
-  config["data"]["path"] = "datasets/chest"
+  config["data"].update(path="datasets/chest", mix=[["datasets/synthetic", 0.25]])
   (directory / "config.json").write_text(json.dumps(config))
   rows = [{"step": 5, "loss": 0.75}, {"step": 7, "loss": 0.5}]
   (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,7 +201,8 @@ def test_model_card(run, tmp_path, fails):
   (report / "report.json").write_text(json.dumps({"headline": rows}))
   card = (_export(run, tmp_path / "out", f"--report={report}") / "README.md").read_text()
   for line in (
-    "| set | chest |",
+    "| set | chest, synthetic (weight 0.25) |",
+    "pipe('No acute cardiopulmonary abnormality.', age=90, sex='female', race=",
     "| steps | 7 |",
     "| weights | ema |",
     "| learning rate | 1e-05 |",

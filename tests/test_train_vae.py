@@ -1,12 +1,17 @@
 """The autoencoder's training command where the data set is unusual; tests/conftest.py runs it on the usual one."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import jax.numpy as jnp
+import numpy as np
+import pytest
 from conftest import PATIENCE, config_arguments
 
 from compdiff_jax import train_vae
+from compdiff_jax.data.records import RecordSet, decode_image
 from data_prep.dataset import write_dataset
 from data_prep.phantom.population import SCHEMA, PhantomImages, row
 
@@ -28,6 +33,40 @@ def test_data_without_a_validation_split(workspace, tmp_path):
   train_vae.main(arguments)
   report = json.loads((tmp_path / "vae" / "training.json").read_text())
   assert report["train_error_grey_levels"] > 0 and "val_error_grey_levels" not in report
+
+
+def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypatch):
+  class Read(Exception):
+    pass
+
+  def read(sets, split, *, balance, balance_tau, **_):
+    raise Read([(str(records.path), weight) for records, weight in sets], split, balance, balance_tau)
+
+  shutil.copytree(workspace / "data", tmp_path / "more")
+  arguments = [*config_arguments(workspace), f"--out={tmp_path / 'vae'}", "--config.data.balance=('sex',)"]
+  mix = f"--config.data.mix=(({str(tmp_path / 'more')!r}, 3.0),)"
+  with monkeypatch.context() as patch, pytest.raises(Read) as error:
+    patch.setattr(train_vae, "training_batches", read)
+    train_vae.main([*arguments, mix])
+  sets = [(str(workspace / "data"), 1.0), (str(tmp_path / "more"), 3.0)]
+  assert error.value.args == (sets, "train", ("sex",), 0.5)
+  assert "data.image_size 30 must be a multiple of 4" in fails(
+    train_vae.main, *arguments, "--config.data.image_size=30"
+  )
+
+  # What is measured is a quarter of the one and three quarters of the other, as far as there are images.
+  def stub(params, batch, method):
+    return jnp.concatenate([batch, jnp.full_like(batch, -30.0)], axis=-1) if method == "encode" else batch
+
+  records = RecordSet(workspace / "data")
+  originals, decoded, spread = train_vae.reconstruct(stub, None, [(records, 1.0), (records, 3.0)], "train", 32)
+  count = records.splits["train"]
+  wanted = np.stack(
+    [decode_image(records.split("train")[i]["image"], 32) for i in [*range(64), *range(min(192, count))]]
+  )
+  np.testing.assert_array_equal(originals, wanted)
+  np.testing.assert_array_equal(decoded, wanted)
+  assert spread == pytest.approx((wanted / 127.5 - 1).std(), rel=1e-4)
 
 
 def test_a_loss_that_diverges_ends_the_run_in_one_line(workspace, tmp_path):

@@ -24,13 +24,19 @@ from compdiff_jax.sharding import local_rows
 _PREFETCH = 2
 
 
-def open_training_sets(data: ml_collections.ConfigDict) -> list[tuple[RecordSet, float]]:
-  """The data sets of `config.data` with their weights: `path` (weight 1), then `mix`. They must fit together."""
-  sets = [(RecordSet(data.path), 1.0)]
+def data_sets(data: ml_collections.ConfigDict) -> list[tuple[str, float]]:
+  """The directories of `config.data` with their weights: `path` (weight 1), then `mix`."""
+  sets = [(data.path, 1.0)]
   for entry in data.mix:
     if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[0], str) or not entry[1] > 0:
       raise InputError(f"config.data.mix: {entry!r} is not (path, weight) with a weight above 0")
-    sets.append((RecordSet(entry[0]), float(entry[1])))
+    sets.append((entry[0], float(entry[1])))
+  return sets
+
+
+def open_training_sets(data: ml_collections.ConfigDict) -> list[tuple[RecordSet, float]]:
+  """The data sets of `config.data` with their weights. They must fit together."""
+  sets = [(RecordSet(path), weight) for path, weight in data_sets(data)]
   first = sets[0][0]
   for other, _ in sets[1:]:
     if other.schema != first.schema:

@@ -71,6 +71,12 @@ class VAEConfig:
     """Image pixels per latent pixel, along each side."""
     return 2 ** (len(self.block_out_channels) - 1)
 
+  def latent_side(self, image_size: int) -> int:
+    """Side of the latents of square images; an `InputError` where they do not come out even."""
+    if image_size % self.downsampling:
+      raise InputError(f"data.image_size {image_size} must be a multiple of {self.downsampling}")
+    return image_size // self.downsampling
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Any], source: str = "vae/config.json") -> "VAEConfig":
     """From a diffusers config.json; an unknown or unsupported field is an `InputError` that names it."""
