@@ -23,10 +23,10 @@ from network_configs import SD21_BASE, TINY_MEMORY
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.typed import TypedConfig
-from compdiff_jax.interop import keys
 from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
 from compdiff_jax.interop.torch_files.pipeline import CompDiffPipeline
 from compdiff_jax.models.unet import UNetConfig
+from tests import torch_states
 
 SMALL = {"d_node": 16, "d_ctx": 24, "aux_hidden_dim": 12, "freq_dim": 10}
 SD21_CHANNELS = (320,) * 2 + (640,) * 2 + (1280,) * 4 + (1280,) * 2 + (1280,) * 6 + (640,) * 3 + (320,) * 3
@@ -65,7 +65,9 @@ def test_network_equals_torch_and_unknown_is_the_identity():
   # The torch file of the export.
   fields = {name: value for name, value in config.to_dict().items() if name != "kind"}
   theirs = torch_conditioners.TypedConditioner(schema=CHEST.to_json(), **fields).eval()
-  theirs.load_state_dict({name: torch.tensor(value) for name, value in keys.to_torch(params).items()}, strict=True)
+  theirs.load_state_dict(
+    {name: torch.tensor(value) for name, value in torch_states.to_torch(params).items()}, strict=True
+  )
   encoded = {name: np.asarray(values).tolist() for name, values in batch.items()}
   with torch.no_grad():
     pairs = theirs.modulation(encoded)

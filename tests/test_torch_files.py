@@ -24,9 +24,10 @@ from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion import trajectory
 from compdiff_jax.diffusion.guidance import classifier_free_guidance
 from compdiff_jax.diffusion.samplers import Sampler, make_table
-from compdiff_jax.interop import keys, weights
+from compdiff_jax.interop import weights
 from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES
 from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
+from tests import torch_states
 from tests.toy_export import (
   SCHEDULE,
   SCHEMA,
@@ -157,7 +158,7 @@ def test_conditioner_equals_jax_with_wide_weights(config, schema):
   torch_class = getattr(torch_conditioners, CONDITIONER_CLASSES[config.kind])
   fields = {name: value for name, value in config.to_dict().items() if name != "kind"}
   theirs = torch_class(schema=schema.to_json(), **fields).eval()
-  state = keys.to_torch(params)
+  state = torch_states.to_torch(params)
   theirs.load_state_dict({name: torch.tensor(value) for name, value in state.items()}, strict=True)
   values = {
     "age": [0, 17.99, "18", 39.9, 60, None, 100],

@@ -27,6 +27,7 @@ from compdiff_jax.models import (
   UNetConfig,
   VAEConfig,
 )
+from tests import torch_states
 
 UNET = UNetConfig(
   block_out_channels=(8, 16),
@@ -270,8 +271,8 @@ def test_every_leaf_rule_is_used_and_inverts():
   functionals = [functional for _, functional, _, _ in COMPONENTS.values()]
   for functional in (*functionals, Functional(lambda rngs: conditioner.build(schema, rngs))):
     params = _random_params(functional)
-    state = keys.to_torch(params)
+    state = torch_states.to_torch(params)
     assert all(tensor.flags.c_contiguous for tensor in state.values())
-    _assert_equal(keys.from_torch(state, functional.shapes), params)
+    _assert_equal(torch_states.from_torch(state, functional.shapes), params)
     used |= {(key.rpartition(".")[2], value.ndim) for key, value in params.items()}
   assert used >= set(keys._LEAVES)

@@ -13,7 +13,6 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig as TorchCLIPTextConfig
 from transformers import CLIPTextModel as TorchCLIPTextModel
 
-from compdiff_jax.interop import keys
 from compdiff_jax.models import (
   AutoencoderKL,
   CLIPTextConfig,
@@ -23,6 +22,7 @@ from compdiff_jax.models import (
   UNetConfig,
   VAEConfig,
 )
+from tests import torch_states
 
 # Tiny models on few cores: waiting for a second thread takes longer than the arithmetic.
 torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def make_faint(module: torch.nn.Module, layers: str, factor: float = 3e-3) -> to
 def params_of(module: torch.nn.Module, functional) -> dict[str, jnp.ndarray]:
   """The parameters of a torch model as those of `functional`."""
   state = {name: value.detach().numpy() for name, value in module.state_dict().items()}
-  return {key: jnp.asarray(value) for key, value in keys.from_torch(state, functional.shapes).items()}
+  return {key: jnp.asarray(value) for key, value in torch_states.from_torch(state, functional.shapes).items()}
 
 
 def relative_errors(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float]:
@@ -141,7 +141,7 @@ def unet_gradients(model, functional, inputs) -> tuple[dict[str, Any], dict[str,
   hook.remove()
   torch.nn.functional.mse_loss(output, nchw(target)).backward()
   state = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
-  theirs = keys.from_torch(state, functional.shapes)
+  theirs = torch_states.from_torch(state, functional.shapes)
   return ours, theirs | dict(zip(("context", "time vector"), (leaf.grad.numpy() for leaf in leaves)))
 
 

@@ -19,6 +19,7 @@ from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from compdiff_jax.interop import keys
 from compdiff_jax.models.functional import Functional
+from tests import torch_states
 
 WIDTH = 16
 UNET = {
@@ -122,7 +123,7 @@ def assert_params(params: dict[str, Any], state: dict[str, torch.Tensor]) -> Non
   """Every value of a state dict, in float32, is in our parameters, under the name of this or another release."""
   prefix = "text_model."
   theirs = {name.removeprefix(prefix): value.float().numpy() for name, value in state.items()}
-  ours = keys.to_torch({name.removeprefix(prefix): np.asarray(value) for name, value in params.items()})
+  ours = torch_states.to_torch({name.removeprefix(prefix): np.asarray(value) for name, value in params.items()})
   assert ours.keys() == theirs.keys()
   for name, value in ours.items():
     np.testing.assert_array_equal(value, theirs[name], err_msg=name)

@@ -51,11 +51,6 @@ class Source(NamedTuple):
   shape: tuple[int, ...]
 
 
-def torch_key(key: str, ndim: int) -> str:
-  """The state dict key of a parameter: `conv_in.kernel` -> `conv_in.weight`."""
-  return _leaf(key, ndim)[0]
-
-
 def leaf_to_torch(key: str, value: Any) -> np.ndarray:
   """One parameter in torch's axis order, as a view that need not be contiguous."""
   array = np.asarray(value)
@@ -89,19 +84,6 @@ def slice_from_torch(key: str, tensor: Any, shape: Sequence[int], index: Sequenc
   parts = tuple(index[axis] for axis in axes)
   value = tensor[parts]
   return leaf_from_torch(key, value.reshape(value.shape[: len(shape)]))
-
-
-def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """The torch state dict of flat JAX parameters, as contiguous NumPy arrays."""
-  return {torch_key(key, value.ndim): np.ascontiguousarray(leaf_to_torch(key, value)) for key, value in params.items()}
-
-
-def from_torch(
-  state: Mapping[str, np.ndarray], shapes: Mapping[str, Any], source: str = "state dict"
-) -> dict[str, np.ndarray]:
-  """The flat JAX parameters of a torch state dict: `match` and `leaf_from_torch` for a state dict in memory."""
-  matched = match({name: tensor.shape for name, tensor in state.items()}, shapes, source)
-  return {key: leaf_from_torch(key, state[name].reshape(shape)) for key, (name, shape) in matched.items()}
 
 
 def match(found: Mapping[str, Sequence[int]], shapes: Mapping[str, Any], source: str) -> dict[str, Source]:
