@@ -28,8 +28,13 @@ class Checkpoints:
   With several processes every one of them makes the same calls; each writes what its devices hold.
   """
 
-  def __init__(self, directory: str | Path, keep: int = 2, keep_every: int = 0, keep_best: str = ""):
-    """Keeps the latest `keep`, the multiples of `keep_every` steps, and that with the lowest metric `keep_best`."""
+  def __init__(
+    self, directory: str | Path, keep: int = 2, keep_every: int = 0, keep_best: str = "", trains: bool = False
+  ):
+    """Keeps the latest `keep`, the multiples of `keep_every` steps, and that with the lowest metric `keep_best`.
+
+    The run itself, which `trains`, clears away what was cut short; to others that may be a checkpoint in the making.
+    """
     keeping = ocp.training.preservation_policies
     policies = [keeping.LatestN(keep)]
     if keep_every:
@@ -42,7 +47,7 @@ class Checkpoints:
     self._checkpointer = ocp.training.Checkpointer(
       str(self._directory),
       preservation_policy=keeping.AnyPreservationPolicy(policies),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=trains,
     )
 
   def __enter__(self):

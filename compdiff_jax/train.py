@@ -115,7 +115,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
 
   # ---- State: the latest checkpoint of this workdir, else pretrained weights, else random
   keep = config.logging.keep_checkpoints, config.logging.keep_every, config.logging.keep_best
-  checkpoints = Checkpoints(args.workdir / "checkpoints", *keep)
+  checkpoints = Checkpoints(args.workdir / "checkpoints", *keep, trains=True)
   if checkpoints.steps:
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     start, parts = checkpoints.restore(target.parts())

@@ -183,13 +183,19 @@ def test_checkpoint_cut_short_is_named(workspace, trained, tmp_path, fails):
 
 
 def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
+  """Readers leave it to the run, which may be writing it; the run starts that step again."""
   workdir = tmp_path / "run"
   shutil.copytree(trained, workdir)
   for marker in (workdir / "checkpoints" / "8").rglob("commit_success.txt"):
     marker.unlink()
-  (workdir / "checkpoints" / "8").rename(workdir / "checkpoints" / "8.orbax-checkpoint-tmp")
-  with Checkpoints(workdir / "checkpoints") as checkpoints:
+  unfinished = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+  (workdir / "checkpoints" / "8").rename(unfinished)
+  assert open_run(workdir).load_params("ema")[0] == 4
+  assert any(unfinished.iterdir())
+  with Checkpoints(workdir / "checkpoints", trains=True) as checkpoints:
     assert checkpoints.steps == [4]
+    checkpoints.save(8, {"params": {"x": np.zeros(2)}})
+  assert not unfinished.exists() and unfinished.with_suffix("").exists()
 
 
 @pytest.mark.parametrize(
