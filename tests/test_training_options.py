@@ -23,8 +23,8 @@ from compdiff_jax.diffusion import objective
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.training import coind
 from compdiff_jax.training.optimizer import frozen_parameters, learning_rate_schedule, make_optimizer
-from compdiff_jax.training.state import check_ema, ema_decay
-from compdiff_jax.training.step import make_loss
+from compdiff_jax.training.state import TrainState, check_ema, ema_decay
+from compdiff_jax.training.step import make_loss, make_train_step
 
 SMALL = {"d_node": 6, "d_ctx": 8, "aux_hidden_dim": 0}
 PAIR = Schema((SEX, race(4)))
@@ -80,15 +80,16 @@ def test_at_zero_terminal_snr_the_weight_is_finite():
   assert objective.min_snr_weight(schedule, np.asarray([999]), 5.0)[0] == 0
 
 
-def terms(model, rows, **loss):
-  """(total, metrics) of the loss with these options; every parameter of the conditioner is 0.3."""
+def terms(model, rows, taken=0, **loss):
+  """(total, metrics) of the loss with these options, CoInD's of `taken` rows; the conditioner's parameters are 0.3."""
   config = base()
   config.loss.update(loss)
   own = {name: jnp.full(leaf.shape, 0.3) for name, leaf in model.conditioner.shapes.items()}
   params = {"unet": {}, "conditioner": own}
   share, total_weights = make_loss(model, config)
   evaluate = jax.jit(lambda rows: share(params, {}, rows, jnp.int32(3), total_weights(params, {}, rows)))
-  return evaluate({name: value for name, value in rows.items() if name != "full_attributes" or config.loss.coind})
+  own = {"coind_weights": (np.arange(len(rows["images"])) < taken).astype(np.float32)}
+  return evaluate({**{name: value for name, value in rows.items() if name != "full_attributes" or taken}, **own})
 
 
 def test_noise_offset_and_input_perturbation():
@@ -143,7 +144,7 @@ def from_tokens(params, noisy, timesteps, context, *_):
 def test_coind_measures_the_interaction_alone():
   model = stand_in(from_tokens, _ADDITIVE, PAIR)
   rows = rows_of(KNOWN[8], 7, 3)
-  _, metrics = terms(model, rows, coind=0.5, coind_share=1.0)
+  _, metrics = terms(model, rows, 8, coind=0.5, coind_share=1.0)
   # All parameters are 0.3: the interaction of sex and race is 0.3 in each of 6 nodes, through a kernel of 0.3.
   assert float(metrics["coind"]) == pytest.approx((6 * 0.3 * 0.3) ** 2, rel=1e-4)
   without = terms(model, rows)[1]
@@ -155,7 +156,7 @@ def test_coind_measures_the_interaction_alone():
   params = {"unet": {}, "conditioner": zero}
   noisy, timesteps = jnp.zeros([8, 2, 2, 3]), jnp.arange(8)
   measure = jax.jit(lambda rows: coind.independence_gap(
-    model, params, noisy, timesteps, text, rows["attributes"], rows["keys"], 1.0
+    model, params, noisy, timesteps, text, rows["attributes"], rows["keys"], 8
   ))  # fmt: skip
   gap = measure(rows)
   np.testing.assert_allclose(gap, np.zeros(8), atol=1e-10)
@@ -171,10 +172,27 @@ def test_coind_takes_the_first_rows_and_skips_what_is_unknown():
   counting = stand_in(unet, _ADDITIVE, PAIR)
   rows = rows_of(KNOWN[8], 7, 3)
   rows["full_attributes"] = {**rows["attributes"], "sex": np.asarray([-1] * 2 + [0] * 6)}
-  share = terms(counting, rows, coind=1.0, coind_share=0.5)[1]
+  share = terms(counting, rows, 4, coind=1.0, coind_share=0.5)[1]
   assert 4 * 4 in seen and 8 in seen
   # With sex unknown both sides have the same two predictions: of four rows two have no gap.
   assert float(share["coind"]) == pytest.approx(0.5 * (6 * 0.3 * 0.3) ** 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.4])
+def test_coind_is_the_mean_of_the_same_rows_with_any_accumulation(share):
+  """2 and 3 of 8 rows; sex, without which there is no gap, is unknown in one of them."""
+  batch = {**KNOWN[8], "attributes": {**KNOWN[8]["attributes"], "sex": np.asarray([0, -1, 1, 0, 1, 0, 1, 0])}}
+  model = stand_in(from_tokens, _ADDITIVE, PAIR)
+  own = {name: jnp.full(leaf.shape, 0.3) for name, leaf in model.conditioner.shapes.items()}
+  taken = round(share * 8)
+  for accumulation in (1, 2, 4, 8):
+    config = base()
+    config.loss.update(coind=1.0, coind_share=share)
+    config.train.update(accumulation=accumulation, warmup_steps=0)
+    optimizer = make_optimizer(config.train)
+    step = jax.jit(make_train_step(model, config, optimizer, jnp.zeros(77, jnp.int32)))
+    _, metrics = step(TrainState.create({"unet": {}, "conditioner": own}, optimizer), {}, batch, 0)
+    assert float(metrics["coind"]) == pytest.approx((taken - 1) / taken * (6 * 0.3 * 0.3) ** 2, rel=1e-4), accumulation
 
 
 def test_attributes_are_split_by_the_samples_own_draw():

@@ -49,6 +49,11 @@ def split_attributes(attributes: Attributes, schema: Schema, keys: jax.Array) ->
   return only, others
 
 
+def num_rows(share: float, batch_size: int) -> int:
+  """How many rows take part: the first of the global batch."""
+  return max(1, round(share * batch_size))
+
+
 def independence_gap(
   model: LatentDiffusion,
   params: Params,
@@ -57,18 +62,17 @@ def independence_gap(
   text: jax.Array,
   attributes: Attributes,
   keys: Mapping[str, jax.Array],
-  share: float,
+  count: int,
 ) -> jax.Array:
-  """Mean square of eps(d_i) + eps(d without d_i) - eps(d) - eps(nothing) of the first rows, float32 [n].
+  """Mean square of eps(d_i) + eps(d without d_i) - eps(d) - eps(nothing) of the first rows, float32 [count].
 
   Args:
     model, params: the networks and all their parameters.
     noisy: x_t [B, h, w, c]; timesteps: int [B]; text: text tokens [B, 77, C].
     attributes: encoded values {name: [B, …]} without attribute dropout.
     keys: typed PRNG keys by purpose, [B] each; "coind" draws i, "conditioner" is shared by the four conditions.
-    share: n = max(1, round(share B)) rows take part.
+    count: how many rows.
   """
-  count = max(1, round(share * len(noisy)))
   noisy, timesteps, text, keys = jax.tree.map(lambda x: x[:count], (noisy, timesteps, text, dict(keys)))
   schema = model.conditioner_config.select(model.schema)
   whole = {name: jnp.asarray(attributes[name])[:count] for name in schema.names}

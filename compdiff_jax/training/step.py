@@ -90,6 +90,7 @@ def make_loss(
 ) -> Callable[..., tuple[jax.Array, Any]]:
   """The loss of some rows of the batch, as a share of the loss of the whole batch."""
   options = config.loss
+  accumulation = config.train.accumulation
   check_loss(options, model)
 
   def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -122,10 +123,10 @@ def make_loss(
     else:
       found |= fairness.terms(error, rows["fair_weights"], rows["groups"])
     if options.coind:
-      gap = coind.independence_gap(
-        model, everything, noisy, timesteps, text, rows["full_attributes"], keys, options.coind_share
-      )
-      found["coind"] = (gap, jnp.ones_like(gap))
+      # The first rows of the batch are dealt out in turn, so they are the first of every micro-batch, too.
+      count = -(-coind.num_rows(options.coind_share, len(noisy) * accumulation) // accumulation)
+      gap = coind.independence_gap(model, everything, noisy, timesteps, text, rows["full_attributes"], keys, count)
+      found["coind"] = (jnp.zeros_like(error).at[:count].set(gap), rows["coind_weights"])
     return found
 
   def loss(params, frozen, rows, step, weights):
@@ -189,6 +190,8 @@ def make_train_step(
       rows["fair_weights"] = fairness.weights(state.fairness.sigma, rows["groups"], keys["fairness"])
     if config.loss.coind:
       rows["full_attributes"] = batch["attributes"]
+      taken = coind.num_rows(config.loss.coind_share, batch_size)
+      rows["coind_weights"] = (jnp.arange(batch_size) < taken).astype(jnp.float32)
     weights = total_weights(state.params, frozen, rows)
     gradient = jax.grad(loss, has_aux=True)
     if accumulation == 1:
