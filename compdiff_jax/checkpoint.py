@@ -14,7 +14,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from compdiff_jax.cli import InputError
+from compdiff_jax import distributed
+from compdiff_jax.cli import InputError, RunError
 
 # What writing may hold beside the arrays; without a bound Orbax takes as much again as the whole state.
 _WRITE_BYTES = 2**28
@@ -61,9 +62,20 @@ class Checkpoints:
   def close(self):
     self._checkpointer.close()
 
+  def wait(self) -> None:
+    """Until what `save` has started is complete."""
+    self._checkpointer.wait()
+
   @property
   def steps(self) -> list[int]:
     return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+  def latest(self) -> int | None:
+    """The step of the latest checkpoint, on every process that which the writer sees; None where there is none.
+
+    A network disk may show its hosts different lists, and processes that start from different steps would not notice.
+    """
+    return distributed.from_writer(lambda: max(self.steps, default=None))
 
   def save(
     self,
@@ -76,7 +88,7 @@ class Checkpoints:
 
     `metrics` are what `keep_best` chooses by; `note` is any JSON object that belongs to the step.
     """
-    self._checkpointer.wait()
+    self.wait()
     largest = max((getattr(leaf, "nbytes", 0) for leaf in jax.tree.leaves(parts)), default=0)
     context = ocp.Context()
     context.memory.write_concurrent_bytes = max(_WRITE_BYTES, 2 * largest)
@@ -99,16 +111,26 @@ class Checkpoints:
 
     Returns:
       (step, loaded parts).
+
+    Raises:
+      InputError: there is no such checkpoint, or its files are damaged.
+      RunError: the file system fails, and the checkpoint may be whole. What JAX raises passes as it is.
     """
-    steps = self.steps
-    if not steps:
+    step = self.latest() if step is None else step
+    if step is None:
       raise InputError(f"{self._directory} holds no complete checkpoint; train first")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-      raise InputError(f"{self._directory} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    if step not in self.steps:
+      self._checkpointer.reload()  # the process that chose it may have seen the directory later
+    if step not in self.steps:
+      there = ", ".join(map(str, self.steps)) or "none"
+      raise InputError(f"{self._directory} has no checkpoint of step {step}; this host sees {there}")
     try:
       return step, self._checkpointer.load_checkpointables(step, parts)
+    except jax.errors.JaxRuntimeError:
+      raise
     except Exception as error:  # tensorstore, JSON and key errors: whichever file was damaged decides the type
+      if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        raise RunError(f"checkpoint {self._directory / str(step)} cannot be read: {error.strerror or error}") from None
       reason = " ".join(str(error).split())[:300]
       raise InputError(
         f"checkpoint {self._directory / str(step)} is damaged or of another model ({type(error).__name__}: {reason});"

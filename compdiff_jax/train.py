@@ -111,21 +111,22 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   distributed.from_writer(claimed)
   if not distributed.is_writer():
     claimed(write=False)
-  frozen = sharding.place(frozen, sharding.replicated(mesh))
 
   # ---- State: the latest checkpoint of this workdir, else pretrained weights, else random
   keep = config.logging.keep_checkpoints, config.logging.keep_every, config.logging.keep_best
   checkpoints = Checkpoints(args.workdir / "checkpoints", *keep, trains=True)
-  if checkpoints.steps:
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    start, parts = checkpoints.restore(target.parts())
-    state = TrainState.from_parts(parts)
-  else:
-    start = 0
-    given = origin.load_trained("ema", mesh)[1] if origin else None
-    params = model.initial_params(jax.random.key(config.seed), config.weights, given)
-    params = sharding.place(params, shardings.params)
-    state = jax.jit(create, out_shardings=shardings)(params)
+  start = checkpoints.latest()
+  with out_of_memory_advice(config, "the training state"):
+    frozen = sharding.place(frozen, sharding.replicated(mesh))
+    if start is not None:
+      target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+      state = TrainState.from_parts(checkpoints.restore(target.parts(), start)[1])
+    else:
+      start = 0
+      given = origin.load_trained("ema", mesh)[1] if origin else None
+      params = model.initial_params(jax.random.key(config.seed), config.weights, given)
+      params = sharding.place(params, shardings.params)
+      state = jax.jit(create, out_shardings=shardings)(params)
 
   # ---- Batches from this step on, and the compiled step
   placement = sharding.batch_sharding(mesh)
@@ -162,7 +163,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     mesh=mesh,
   )
 
-  # ---- The loop: step, report, sample, checkpoint
+  # ---- The loop: step, report, checkpoint, sample
   final = config.train.steps
   figures = chip(mesh.devices.flat[0])
   clock = StepClock(config.train.batch_size, mesh.size, figures and figures.flops)
@@ -214,8 +215,12 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
           progress.update(step, f"loss {values['loss']:.4f}  {describe(speed)}")
         rows = []
 
+      if step % config.logging.checkpoint_every == 0 or ending:
+        checkpoints.save(step, state.parts(), values, {"report": rows})
+
       if step % config.logging.sample_every == 0:
-        with clock.paused():
+        with clock.paused(), out_of_memory_advice(config, "sampling"):
+          checkpoints.wait()  # a sampler that fails must not take this step's checkpoint with it
           draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
           text, negative = config.sample.text, config.sample.negative
           picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
@@ -223,8 +228,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
             (args.workdir / "samples").mkdir(exist_ok=True)
             picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
 
-      if step % config.logging.checkpoint_every == 0 or ending:
-        checkpoints.save(step, state.parts(), values, {"report": rows})
       heartbeat.beat(step)
       if ending and step < final:
         heartbeat.stopped()

@@ -284,6 +284,38 @@ def test_all_processes_take_the_sigma_of_the_first():
   assert outputs == [[*map(str, sigma), "0"]] * 2
 
 
+_LATEST = """
+import argparse, sys
+import jax
+from compdiff_jax import cli, distributed
+from compdiff_jax.checkpoint import Checkpoints
+
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+with distributed.session(parser.parse_args(sys.argv[2:])):
+  with Checkpoints(f"{sys.argv[1]}/{jax.process_index()}") as checkpoints:
+    step = checkpoints.latest()
+    print("latest", step)
+    if not distributed.is_writer():
+      try:
+        checkpoints.restore({}, step)
+      except cli.InputError as error:
+        print("error", error)
+"""
+
+
+def test_all_processes_start_from_the_checkpoint_that_the_first_sees(trained, tmp_path):
+  """The second is shown an older list, as by a network disk."""
+  for process in range(2):
+    shutil.copytree(trained / "checkpoints", tmp_path / str(process))
+  shutil.rmtree(tmp_path / "1" / "8")
+  processes = [_start([sys.executable, "-c", _LATEST, tmp_path, *place]) for place in _places(2)]
+  for index, process in enumerate(processes):
+    status, out = _end(process)
+    assert status == 0 and "latest 8\n" in out, out
+    assert ("has no checkpoint of step 8; this host sees 4" in out) == (index == 1)
+
+
 _ADD = """
 import sys
 import jax, numpy as np

@@ -1,13 +1,17 @@
 """`compdiff train`: resuming bit for bit, checkpoints, NaN, and what is refused."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import PATIENCE, config_arguments
+from orbax.checkpoint import v1 as ocp
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
@@ -180,6 +184,56 @@ def test_checkpoint_cut_short_is_named(workspace, trained, tmp_path, fails):
   shutil.rmtree(workdir / "checkpoints" / "8")
   train.main(arguments)
   assert _losses(workdir) == _losses(trained)
+
+
+def _status_and_line(capsys, *arguments):
+  status = cli.run(train.main, "compdiff train", [str(argument) for argument in arguments])
+  return status, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_whole_checkpoint_is_not_called_damaged(workspace, trained, tmp_path, monkeypatch, capsys):
+  """Where the disk or the device fails while it is read."""
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}"]
+  for error, words in (
+    (OSError(errno.EIO, os.strerror(errno.EIO)), "checkpoints/8 cannot be read: Input/output error"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), "training state does not fit in device memory"),
+  ):
+
+    def fail(*_, error=error):
+      raise error
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "load_checkpointables", fail)
+    status, line = _status_and_line(capsys, *arguments)
+    assert status == 1 and words in line and "move it away" not in line
+
+
+def test_a_sampler_that_fails_takes_no_checkpoint_with_it(workspace, trained, tmp_path, monkeypatch, capsys):
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={tmp_path / 'run'}"]
+
+  def fail(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9.00GiB.")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "sample_grid", fail)
+    status, line = _status_and_line(capsys, *arguments, "--config.logging.sample_every=4")
+  assert status == 1 and "sampling does not fit" in line and "a smaller sample.batch_size (now 8)" in line
+  with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    assert checkpoints.steps == [4]
+  train.main([*arguments, "--config.logging.sample_every=8", "--config.sample.batch_size=4"])
+  assert _losses(tmp_path / "run") == _losses(trained)
+
+
+def test_checkpoints_that_appear_later_are_found(tmp_path):
+  state = {"state": {"x": np.arange(3.0)}}
+  with Checkpoints(tmp_path) as early, Checkpoints(tmp_path) as writer:
+    writer.save(5, state)
+    writer.wait()
+    assert early.latest() is None
+    step, loaded = early.restore(state, 5)
+    np.testing.assert_array_equal(loaded["state"]["x"], state["state"]["x"])
+    assert step == early.latest() == 5
 
 
 def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):

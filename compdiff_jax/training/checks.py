@@ -60,8 +60,11 @@ def check_finite(
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(config: ml_collections.ConfigDict) -> Iterator[None]:
-  """Turns "out of device memory", at compile time or in a step, into one line that says what to change."""
+def out_of_memory_advice(config: ml_collections.ConfigDict, what: str = "the training step") -> Iterator[None]:
+  """Turns "out of device memory", at compile time or while running, into one line that says what to change.
+
+  `what` runs inside: "the training step", "the training state" or "sampling".
+  """
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
@@ -70,16 +73,17 @@ def out_of_memory_advice(config: ml_collections.ConfigDict) -> Iterator[None]:
       raise
     # TPU: "Used 17.2G of 15.75G hbm"; GPU: "trying to allocate 1.2GiB".
     sizes = re.search(r"Used [\d.]+\w+ of [\d.]+\w+ hbm|[Tt]rying to allocate [\d.]+ ?\w+", text)
-    options = [
-      f"a larger mesh.fsdp (now {config.mesh.fsdp})",
-      f"a larger train.accumulation (now {config.train.accumulation})",
-      f"a smaller train.batch_size (now {config.train.batch_size})",
-    ]
-    if config.remat != "blocks":
-      options.insert(1, f"remat={'matmuls' if config.remat == 'none' else 'blocks'} (now {config.remat})")
-    if config.compute_dtype == "float32":
-      options.insert(0, "compute_dtype=bfloat16")
+    options = [f"a larger mesh.fsdp (now {config.mesh.fsdp})"]
+    if what == "sampling":
+      options.insert(0, f"a smaller sample.batch_size (now {config.sample.batch_size})")
+    elif what == "the training step":
+      if config.compute_dtype == "float32":
+        options.insert(0, "compute_dtype=bfloat16")
+      if config.remat != "blocks":
+        options.append(f"remat={'matmuls' if config.remat == 'none' else 'blocks'} (now {config.remat})")
+      options.append(f"a larger train.accumulation (now {config.train.accumulation})")
+      options.append(f"a smaller train.batch_size (now {config.train.batch_size})")
     raise RunError(
-      f"the training step does not fit in device memory ({sizes.group() if sizes else text[:120]}); in this order, try"
+      f"{what} does not fit in device memory ({sizes.group() if sizes else text[:120]}); in this order, try"
       f" {'; '.join(options)}"
     ) from None
