@@ -233,6 +233,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
         heartbeat.stopped()
         break
   if distributed.is_writer():
-    did = "trained to" if step == final else "SIGTERM: stopped, to be resumed, at"
+    did = "trained to" if step >= final else "SIGTERM: stopped, to be resumed, at"
     print(f"{did} step {step}; checkpoints, metrics.jsonl and samples in {args.workdir}")
-  return step == final
+  return step >= final

@@ -225,6 +225,13 @@ def test_a_sampler_that_fails_takes_no_checkpoint_with_it(workspace, trained, tm
   assert _losses(tmp_path / "run") == _losses(trained)
 
 
+def test_a_run_that_is_past_its_last_step_is_finished(workspace, trained, tmp_path, capsys):
+  shutil.copytree(trained, tmp_path / "run")
+  arguments = [*config_arguments(workspace), "--config.train.steps=6", f"--workdir={tmp_path / 'run'}"]
+  train.main([*arguments, "--accept_changes", "--stopped_status=75"])
+  assert "trained to step 8" in capsys.readouterr().out
+
+
 def test_checkpoints_that_appear_later_are_found(tmp_path):
   state = {"state": {"x": np.arange(3.0)}}
   with Checkpoints(tmp_path) as early, Checkpoints(tmp_path) as writer:
