@@ -24,7 +24,7 @@ from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.records import RecordSet
 from compdiff_jax.evaluation import image_sets
-from compdiff_jax.sampling.gallery import grid_attributes
+from compdiff_jax.sampling.gallery import grid_attributes, sample_grid
 from compdiff_jax.sampling.plan import balanced_plan, copied_plan, read_plan, write_plan
 from compdiff_jax.training.checks import warn_of_empty_levels
 from data_prep import dataset
@@ -208,6 +208,13 @@ def test_labels_through_records_plans_grids_and_evaluation(prepared, tmp_path):
   assert loaded.attributes["findings"].shape == (len(loaded), 3)
   card = (prepared / "README.md").read_text()
   assert "Edema 20, Effusion 0, Fracture 10" in card and "10 (25.0%)" in card
+
+
+@pytest.mark.parametrize("schema", [Schema((SCHEMA["findings"],)), Schema(())])
+def test_a_grid_without_levels_is_one_picture(schema):
+  image = np.random.default_rng(0).integers(0, 256, [1, 64, 64, 3], np.uint8)
+  grid = sample_grid(lambda texts, *_: image[: len(texts)], schema, "clear", 0, "a title")
+  np.testing.assert_array_equal(np.asarray(grid)[-66:-2, -66:-2], image[0])
 
 
 def test_levels_without_data_are_named(prepared, monkeypatch, capsys):

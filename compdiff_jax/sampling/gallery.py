@@ -24,14 +24,15 @@ def grid_attributes(schema: Schema) -> dict[str, np.ndarray]:
 def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1600) -> Image.Image:
   """Lays `images` (uint8 [cells, S, S, 3], in the order of `grid_attributes`) out with labels.
 
-  Rows are the levels of the first attribute (age), columns the combinations of the others (sex x group).
+  Rows are the levels of the first attribute (age), columns the combinations of the others (sex x group). Where no
+  attribute has levels there is one picture, without labels.
   """
   schema = schema.grouping
-  rows = schema.attributes[0].num_levels
+  labels = [f"{a.name} {name}" for a in schema.attributes[:1] for name in a.level_names] or [""]
+  rows = len(labels)
   columns = len(images) // rows
   side = max(64, min(images.shape[1], max_width // columns))
   headers = [[f"{a.level_names[cell[a.name]]}" for a in schema.attributes[1:]] for cell in schema.cells()[:columns]]
-  labels = [f"{schema.attributes[0].name} {name}" for name in schema.attributes[0].level_names]
   font = ImageFont.load_default(12)
   left = 12 + max(int(font.getlength(label)) for label in labels)
   line = 15
