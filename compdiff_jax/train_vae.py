@@ -23,7 +23,7 @@ from PIL import Image
 from compdiff_jax import cli, sharding
 from compdiff_jax.config import load_config
 from compdiff_jax.data.input_pipeline import device_batches, open_training_sets, training_batches
-from compdiff_jax.data.records import RecordSet, decode_image
+from compdiff_jax.data.records import RecordSet
 from compdiff_jax.interop.weights import load_component, read_config, save_component
 from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
@@ -127,8 +127,8 @@ def reconstruct(
   [N, S, S, 3]) and the posterior samples' sd.
   """
   sources = [(records.split(split), weight / sum(weight for _, weight in sets)) for records, weight in sets]
-  chosen = [source[i] for source, share in sources for i in range(min(round(share * _MEASURED), len(source)))]
-  images = np.stack([decode_image(record["image"], image_size) for record in chosen])
+  chosen = [(source, i) for source, share in sources for i in range(min(round(share * _MEASURED), len(source)))]
+  images = np.stack([source.decode(i, source[i], image_size) for source, i in chosen])
 
   @jax.jit
   def pass_through(batch):

@@ -24,7 +24,6 @@ from compdiff_jax.data.records import (
   RecordSet,
   RecordSource,
   Shard,
-  decode_image,
   features,
   shard_name,
   split_info,
@@ -81,8 +80,9 @@ def encoded_records(
 ) -> Iterator[dict[str, Any]]:
   """The records of a latent set for the given ones of an image set."""
   for start in range(0, len(numbers), batch_size):
-    batch = source.read(numbers[start : start + batch_size])
-    moments = encode(np.stack([decode_image(record["image"], latents["image_size"]) for record in batch]))
+    indices = numbers[start : start + batch_size]
+    batch = source.read(indices)
+    moments = encode(np.stack([source.decode(i, record, latents["image_size"]) for i, record in zip(indices, batch)]))
     if not np.isfinite(moments.astype(np.float32)).all():
       raise cli.RunError(f"the VAE gives values that are no numbers for records of {records.path}; use --dtype float32")
     prompts = [format_prompt(r["text"], r["attributes"], records.schema, latents["prompt_attributes"]) for r in batch]
@@ -114,7 +114,8 @@ def main(argv: list[str]) -> None:
   for name in names:
     if name not in records.schema.names:
       raise cli.InputError(f"--prompt_attributes: no attribute {name!r}{cli.nearest(name, records.schema.names)}")
-  first = decode_image(next(iter(sources.values()))[0]["image"])
+  source = next(iter(sources.values()))
+  first = source.decode(0, source[0])
   size = args.image_size or min(first.shape[:2])
   if size > min(first.shape[:2]):
     raise cli.InputError(f"{args.data} holds {min(first.shape[:2])} px images, --image_size is {size}; prepare larger")

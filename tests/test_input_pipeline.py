@@ -52,13 +52,13 @@ def _draw(value, size):
   return buffer.getvalue()
 
 
-def _write(directory, count=_COUNT, first=0, num_shards=3, sexes=(-1, 0, 1)):
-  """Images whose grey value is their index from `first` on."""
+def _write(directory, count=_COUNT, first=0, num_shards=3, sexes=(-1, 0, 1), pictures=()):
+  """Images whose grey value is their index from `first` on, but for those in `pictures`."""
   records = [
     {
       "key": f"k{i}",
       "patient": f"p{i}",
-      "image": _png(first + i),
+      "image": dict(pictures).get(i, _png(first + i)),
       "text": f"text {i}",
       "attributes": {"age": float("nan") if i == 3 else float(i), "sex": sexes[i % len(sexes)]},
       "findings": '{"effusion": "positive"}',
@@ -201,6 +201,7 @@ def test_attribute_columns_are_those_of_the_records(record_set):
   [
     ({"mix": ("b",)}, "not \\(path, weight\\)"),
     ({"mix": (("b", 0.0),)}, "weight above 0"),
+    ({"mix": (("b", "x"),)}, "not \\(path, weight\\)"),
     ({"mix": (("nowhere", 1.0),)}, "nowhere is not a prepared data set"),
     ({"mix": (("other", 1.0),)}, "other attributes"),
     ({"mix": (("small", 1.0),)}, "prepare larger"),
@@ -317,6 +318,20 @@ def test_damaged_directories_are_named(record_set, damage, tmp_path):
     (tmp_path / "dataset_info.json").write_text("{")
   with pytest.raises(InputError, match="dataset_info.json" if damage == "not_json" else "tiny-train"):
     RecordSet(tmp_path).split("train")
+
+
+@pytest.mark.parametrize("damage", ["bytes", "image"])
+def test_damaged_records_are_named(damage, tmp_path):
+  """Record 9 of 21 in three shards is the third of the second one."""
+  records = _write(tmp_path, pictures={9: b"no PNG"} if damage == "image" else {})
+  shard = tmp_path / "tiny-train.array_record-00001-of-00003"
+  if damage == "bytes":
+    content = shard.read_bytes()
+    assert content.count(b"text 9") == 1
+    shard.write_bytes(content.replace(b"text 9", b"text 8"))
+  words = {"bytes": "cannot be read", "image": "has an image that cannot be decoded"}[damage]
+  with pytest.raises(InputError, match=f"{shard}: record 2 {words}"):
+    next(_batches(records, batch_size=_COUNT))
 
 
 def test_absent_split_names_those_there_are(record_set):

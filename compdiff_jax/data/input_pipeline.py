@@ -16,7 +16,7 @@ from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.order import BatchNumbers, Group, RecordOrder, balanced_groups
 from compdiff_jax.data.prompts import format_prompt
-from compdiff_jax.data.records import RecordSet, RecordSource, decode_image
+from compdiff_jax.data.records import RecordSet, RecordSource
 from compdiff_jax.data.tokenizer import Tokenizer
 from compdiff_jax.sharding import local_rows
 
@@ -28,7 +28,8 @@ def data_sets(data: ml_collections.ConfigDict) -> list[tuple[str, float]]:
   """The directories of `config.data` with their weights: `path` (weight 1), then `mix`."""
   sets = [(data.path, 1.0)]
   for entry in data.mix:
-    if not isinstance(entry, Sequence) or len(entry) != 2 or not isinstance(entry[0], str) or not entry[1] > 0:
+    pair = isinstance(entry, Sequence) and [type(part) for part in entry] in ([str, float], [str, int])
+    if not pair or not entry[1] > 0:
       raise InputError(f"config.data.mix: {entry!r} is not (path, weight) with a weight above 0")
     sets.append((entry[0], float(entry[1])))
   return sets
@@ -76,7 +77,8 @@ def check_image_size(image_size: int, records: RecordSet, split: str) -> None:
         " again"
       )
     return
-  side = min(decode_image(records.split(split)[0]["image"]).shape[:2])
+  source = records.split(split)
+  side = min(source.decode(0, source[0]).shape[:2])
   if side < image_size:
     raise InputError(f"{records.path} holds {side} px images, data.image_size is {image_size}; prepare larger")
 
@@ -221,7 +223,7 @@ class _BatchReader:
       batch["moments"] = np.frombuffer(moments, ml_dtypes.bfloat16).reshape(len(records), *self._latents["shape"])
     else:
       batch["images"] = np.empty([len(records), self._image_size, self._image_size, 3], np.uint8)
-      list(self._map(self._decode, records, batch["images"]))
+      list(self._map(self._decode, numbers, records, batch["images"]))
     if self._stored_ids:
       batch["input_ids"] = np.stack([record["input_ids"] for record in records])
     elif self._tokenizer is not None:
@@ -230,8 +232,8 @@ class _BatchReader:
       )
     return batch
 
-  def _decode(self, record: Mapping[str, Any], out: np.ndarray) -> None:
-    decode_image(record["image"], self._image_size, out)
+  def _decode(self, number: int, record: Mapping[str, Any], out: np.ndarray) -> None:
+    self._source.decode(number, record, self._image_size, out)
 
   def _map(self, function, *arguments):
     if self._threads < 2:

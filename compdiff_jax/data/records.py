@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from google.protobuf.message import DecodeError
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -38,6 +39,8 @@ from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
 
 SPLITS = ("train", "val", "test")
+# What Pillow raises where bytes are no image that it knows.
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _FORMAT = "array_record"
 _LATENT_KEYS = ("vae", "tokenizer", "shape", "image_size", "prompt_attributes")
 
@@ -286,17 +289,41 @@ class RecordSource:
     records: list[dict[str, Any]] = [{}] * len(indices)
     for shard in np.unique(shards):
       places = np.flatnonzero(shards == shard)
-      inside = (indices[places] - self._starts[shard]).tolist()
-      for place, data in zip(places, self._reader(shard).read(inside)):
+      for place, data in zip(places, self._read_shard(shard, indices[places])):
         try:
           records[place] = self._parse(data)
-        except ValueError as error:
-          raise InputError(
-            f"{self._paths[shard]}: record {indices[place] - self._starts[shard]} does not fit schema.json"
-            f" ({' '.join(str(error).split())}); prepare the data set again"
-          ) from None
+        except (ValueError, DecodeError) as error:
+          raise self._bad_record(indices[place], "does not fit schema.json", error) from None
     self._check_attributes(records, shards)
     return records
+
+  def _read_shard(self, shard: int, indices: np.ndarray) -> list[bytes]:
+    inside = (indices - self._starts[shard]).tolist()
+    try:
+      return self._reader(shard).read(inside)
+    except (RuntimeError, ValueError):
+      for index, number in zip(indices, inside):  # once more, to name the record
+        try:
+          self._reader(shard).read([number])
+        except (RuntimeError, ValueError) as error:
+          raise self._bad_record(index, "cannot be read", error) from None
+      raise
+
+  def decode(
+    self, index: int, record: Mapping[str, Any], size: int | None = None, out: np.ndarray | None = None
+  ) -> np.ndarray:
+    """`decode_image` of what `read` gave for `index`; an image that is none is an `InputError`."""
+    try:
+      return decode_image(record["image"], size, out)
+    except UNREADABLE as error:
+      raise self._bad_record(index, "has an image that cannot be decoded", error) from None
+
+  def _bad_record(self, index: int, what: str, error: Exception) -> InputError:
+    shard = np.searchsorted(self._starts, index, side="right") - 1
+    reason = " ".join(str(error).split())
+    return InputError(
+      f"{self._paths[shard]}: record {index - self._starts[shard]} {what} ({reason}); prepare the data set again"
+    )
 
   def _check_attributes(self, records: Sequence[Mapping[str, Any]], shards: np.ndarray) -> None:
     columns = {a.name: np.array([record["attributes"][a.name] for record in records]) for a in self._schema}

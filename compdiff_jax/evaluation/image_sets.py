@@ -19,11 +19,10 @@ from PIL import Image
 
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.schema import Schema
-from compdiff_jax.data.records import RecordSet, decode_image
+from compdiff_jax.data.records import UNREADABLE, RecordSet, decode_image
 
 MANIFEST = "manifest.csv"
 PREPROCESSING = "decode, convert to 8-bit RGB, antialiased bicubic resize to {size}x{size} px where the size differs"
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ def preprocess(data: bytes, size: int, where: str) -> np.ndarray:
   """Encoded bytes to uint8 [size, size, 3] (`PREPROCESSING`). The one path of real and synthetic images."""
   try:
     return decode_image(data, size)
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     raise InputError(f"{where}: the image cannot be read ({error}); replace it or remove its row") from None
 
 
@@ -275,7 +274,7 @@ def _header(data: bytes, where: str) -> tuple[int, int, str]:
   try:
     with Image.open(io.BytesIO(data)) as image:
       return (*image.size, image.mode)
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     raise InputError(f"{where}: the image cannot be read ({error}); replace it or remove its row") from None
 
 
