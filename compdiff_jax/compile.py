@@ -17,6 +17,7 @@ from compdiff_jax.ahead_of_time.chips import topology_devices, usable_memory
 from compdiff_jax.ahead_of_time.report import report
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
+from compdiff_jax.workdir import open_run
 
 
 def main(argv: list[str]) -> None:
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # the compiler's wheel is there, its hardware need not be
   devices = topology_devices(args.topology, args.slices)
   schema = Schema.load(args.schema or Path(config.data.path) / "schema.json")
+  if config.init:
+    config = open_run(config.init).start(config, schema)
   memory = int(args.memory_gib * 2**30) if args.memory_gib else usable_memory(devices[0])
 
   def compile_with(changes: suggest.Changes) -> dict[str, Any]:

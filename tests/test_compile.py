@@ -62,6 +62,17 @@ def test_report_for_this_machine(workspace, setting, tmp_path, capsys):
   assert "fits" in printed.err and "DOES NOT" not in printed.err
 
 
+def test_a_run_to_start_from_brings_its_networks(workspace, trained, monkeypatch, capsys):
+  """As in `compdiff train --dry_run`."""
+  seen = []
+  monkeypatch.setattr(compile, "report", lambda program, config, *_: seen.append(config) or {"fits": True})
+  monkeypatch.setattr(compile, "print_report", lambda facts: None)
+  arguments = ["--config.weights.vae=", "--config.weights.tokenizer=", f"--config.init={trained}", "--topology=local"]
+  compile.main([*config_arguments(workspace), *arguments, "--config.unet.block_out_channels=(32,)"])
+  assert json.loads(capsys.readouterr().out)["fits"]
+  assert seen[0].weights.vae == str(workspace / "vae") and tuple(seen[0].unet.block_out_channels) == (16,)
+
+
 def test_a_sampler_is_as_many_networks_as_its_steps(setting):
   config, schema = setting
   model = LatentDiffusion.from_config(config, schema)
@@ -122,6 +133,12 @@ def test_candidates_from_fast_to_slow(setting):
   assert held[1] > held[2] > held[4] > held[8] > held[1] / 8
   smallest = min(one.activations for one in found)
   assert smallest == 0.25  # one row, all blocks recomputed
+  # An axis of "all the remaining devices" is compared by its size.
+  for mesh, own in (({"mesh.data": 1, "mesh.fsdp": -1}, 8), ({"mesh.fsdp": 2, "mesh.data": 2, "mesh.tensor": -1}, 2)):
+    found = suggest.candidates("train", suggest.changed(config, mesh), setting[1], jax.devices(), "images")
+    meshes = [sharding.make_mesh(suggest.changed(config, {**mesh, **one.changes}).mesh).shape for one in found]
+    assert [m["fsdp"] for m, one in zip(meshes, found) if one.changes.keys() == {"train.batch_size"}] == [own]
+    assert {m["fsdp"] for m in meshes} == {2**n for n in range(4) if 2**n * meshes[0]["tensor"] <= 8}
   rows = suggest.candidates("sample", config, setting[1], jax.devices(), "images")
   assert [one.changes for one in rows] == [{}]
   rows = suggest.candidates("sample", suggest.changed(config, {"sample.batch_size": 40}), setting[1], jax.devices(), "")
@@ -186,6 +203,7 @@ def test_what_a_compiler_without_memory_says(message, peak, available):
     (["--topology=v5e:256"], "v5e has v5e:16x16"),
     (["--topology=v5p:4x4"], "v5p has v5p:2x2x4"),
     (["--topology=v6e:4x4x4"], "v6e has v6e:8x8"),
+    (["--topology=v5e:0x4"], "must be local, GENERATION:LAYOUT"),
     (["--topology=local", "--memory_gib=0"], "must be positive"),
     (["--topology=local", "--program=sample", "--config.sample.batch_size=0"], "at least 1"),
     (["--topology=local", "--slices=2"], "needs a TPU topology"),
@@ -197,6 +215,7 @@ def test_what_a_compiler_without_memory_says(message, peak, available):
     (["--topology=local", "--config.mesh.data=3"], "does not divide 8 devices"),
     (["--topology=local", "--config.train.batch_size=9"], "not divisible"),
     (["--topology=local", "--schema=nowhere.json"], "nowhere.json"),
+    (["--topology=local", "--schema=tests"], "tests cannot be read: Is a directory"),
   ],
 )
 def test_bad_requests_are_refused(workspace, fails, options, words):

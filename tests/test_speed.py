@@ -166,6 +166,8 @@ def test_peaks_are_those_of_known_chips_only():
   peaks = {"TPU v5 lite": 197, "TPU v5": 459, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835}
   for kind, peak in peaks.items():
     assert chip(types.SimpleNamespace(device_kind=kind)).flops == peak * 1e12
+  for kind, memory in {"NVIDIA A100-SXM4-80GB": 80, "NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100-PCIE-40GB": 40}.items():
+    assert chip(types.SimpleNamespace(device_kind=kind)).hbm_bytes == memory * 2**30
 
 
 def test_a_run_reports_its_speed_and_writes_a_trace(workspace, tmp_path):

@@ -50,6 +50,7 @@ CHIPS = {
   "TPU v5": Chip(459e12, 95 * _GIB, 2.77e12, 600e9, 6.25e9, 65536),  # v5p
   "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.64e12, 400e9, 12.5e9),
   "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * _GIB, 1.6e12),
+  "NVIDIA A100-PCIE-40GB": Chip(312e12, 40 * _GIB, 1.6e12),
   "NVIDIA A100": Chip(312e12, 80 * _GIB, 2.0e12),
   "NVIDIA H100 PCIe": Chip(756e12, 80 * _GIB, 2.0e12),
   "NVIDIA H100 NVL": Chip(835e12, 94 * 10**9, 3.9e12),
@@ -131,8 +132,8 @@ def is_torus(name: str) -> bool:
 def _sides(name: str) -> list[int]:
   """[4, 4] of "v5e:4x4"."""
   generation, _, layout = name.partition(":")
-  dimensions = 3 if generation in ("v4", "v5p") else 2
-  if generation not in _GENERATIONS or not re.fullmatch(rf"\d+(x\d+){{{dimensions - 1}}}", layout):
+  dimensions, side = 3 if generation in ("v4", "v5p") else 2, r"[1-9]\d*"
+  if generation not in _GENERATIONS or not re.fullmatch(rf"{side}(x{side}){{{dimensions - 1}}}", layout):
     unknown = generation not in _GENERATIONS
     known = nearest(generation, [*_GENERATIONS, *GPUS]) if unknown else _suggestion(generation, layout)
     raise InputError(f"--topology {name!r} must be local, GENERATION:LAYOUT as v5e:4x4 or v5p:2x2x4, or h100:8{known}")

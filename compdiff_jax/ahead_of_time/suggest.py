@@ -70,19 +70,22 @@ def _training(
   A batch that the devices do not divide is rounded up to whole rows a device. `mesh.tensor` stays as it is.
   """
   step = TrainingStep(config, schema, inputs)
-  ways = len(devices) // max(config.mesh.tensor, 1)
+  fixed = math.prod(size for size in config.mesh.values() if size != -1)
+  own = {axis: len(devices) // max(fixed, 1) if size == -1 else size for axis, size in config.mesh.items()}
+  ways = len(devices) // max(own["tensor"], 1)
   batch = -(-config.train.batch_size // ways) * ways
   rows = batch // ways
   slices = len({getattr(device, "slice_index", 0) for device in devices})
   found = []
   for fsdp in (2**n for n in range(ways.bit_length()) if ways // slices % 2**n == 0):
-    mesh = sharding.make_mesh({"data": -1, "fsdp": fsdp, "tensor": config.mesh.tensor}, devices)
+    sizes = {"data": -1, "fsdp": fsdp, "tensor": own["tensor"]}
+    mesh = sharding.make_mesh(sizes, devices)
     held = sum(step.bytes_per_device(mesh))
     for accumulation, remat in itertools.product([n for n in range(1, rows + 1) if rows % n == 0], _REMAT_TIME):
-      wanted = {"train.batch_size": batch, "train.accumulation": accumulation, "remat": remat, "mesh.fsdp": fsdp}
+      wanted = {"train.batch_size": batch, "train.accumulation": accumulation, "remat": remat}
+      if fsdp != own["fsdp"]:
+        wanted |= {f"mesh.{axis}": size for axis, size in sizes.items()}
       changes = {key: value for key, value in wanted.items() if _get(config, key) != value}
-      if "mesh.fsdp" in changes and config.mesh.data != -1:
-        changes["mesh.data"] = -1
       time = _REMAT_TIME[remat] * _FSDP_TIME ** math.log2(fsdp) * _ACCUMULATION_TIME ** math.log2(accumulation)
       found.append(Candidate(changes, time, held, rows / accumulation * _REMAT_KEPT[remat]))
   return sorted(found, key=lambda one: one.time)

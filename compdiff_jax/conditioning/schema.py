@@ -312,5 +312,7 @@ class Schema:
       return cls.from_json(json.loads(Path(path).read_text()))
     except FileNotFoundError:
       raise InputError(f"{path} is missing; is this a directory written by data_prep?") from None
+    except OSError as error:
+      raise InputError(f"{path} cannot be read: {error.strerror}; give the schema.json of a data set") from None
     except json.JSONDecodeError as error:
       raise InputError(f"{path} is not valid JSON ({error})") from None
