@@ -7,6 +7,7 @@ complete; one that was cut short is never picked up.
 
 import contextlib
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Checkpoints:
     if keep_every:
       policies.append(keeping.EveryNSteps(keep_every))
     if keep_best:
-      lowest = lambda metrics: metrics[keep_best]  # noqa: E731
+      lowest = lambda metrics: metrics.get(keep_best, math.inf)  # noqa: E731 (a report may lack it)
       policies.append(keeping.BestN(get_metric_fn=lowest, reverse=True, n=1, keep_checkpoints_without_metrics=False))
     self._directory = Path(directory).absolute()
     logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it touches

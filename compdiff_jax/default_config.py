@@ -38,7 +38,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "mix": (),  # more data sets: (path, weight), drawn `weight` times as often as `path`
       "balance": (),  # attributes whose cells are drawn in balance: a record of a cell of n has the weight n^-tau
       "balance_tau": 0.5,  # 0: as the data are; 1: all cells equally often
-      "threads": 2,  # that decode images; 0: nothing is read ahead
+      "threads": 2,  # that decode images; 0: the one that moves batches to the devices reads and decodes them, too
       "workers": 0,  # processes that make batches; for hosts on which Python threads are too slow
     }
   )
@@ -144,7 +144,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "log_every": 50,
       "checkpoint_every": 500,
       "keep_checkpoints": 2,  # the latest; besides them
-      "keep_every": 0,  # those of multiples of so many steps, 0 for none
+      "keep_every": 0,  # those of multiples of so many steps, a multiple of checkpoint_every; 0 for none
       "keep_best": "",  # and the one with the lowest of this metric, for example "diffusion"
       "sample_every": 2500,
       "stall_seconds": 900,  # without a step: print where every thread is, and after twice that end; 0 for never

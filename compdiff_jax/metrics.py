@@ -4,9 +4,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 
@@ -47,6 +48,13 @@ def _tensorboard_writer(logdir: Path):
     print(f"no TensorBoard files, metrics.jsonl only ({error})", file=sys.stderr)
     return None
   return metric_writers.SummaryWriter(str(logdir))
+
+
+def mean_over_steps(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  """The mean of each metric over the steps in which it is a number; without any it is left out."""
+  columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+  known = {name: values[~np.isnan(values)] for name, values in columns.items()}
+  return {name: float(values.mean()) for name, values in known.items() if len(values)}
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, float]]:

@@ -10,11 +10,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from compdiff_jax import cli, distributed, sharding
 from compdiff_jax.ahead_of_time.chips import chip
-from compdiff_jax.ahead_of_time.program import model_flops
+from compdiff_jax.ahead_of_time.program import TrainingStep, model_flops
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
 from compdiff_jax.data.identity import data_identity
@@ -22,7 +21,7 @@ from compdiff_jax.data.input_pipeline import batch_keys, check_vae, device_batch
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
-from compdiff_jax.metrics import MetricWriter, Progress
+from compdiff_jax.metrics import MetricWriter, Progress, mean_over_steps
 from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate
@@ -91,6 +90,9 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   optimizer = make_optimizer(config.train)
   fairness = make_fairness(config, schema)
   step_fn = make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness)
+  inputs = "images" if sets[0][0].latents is None else "moments"
+  if config.logging.keep_best:
+    check_metric(config.logging.keep_best, TrainingStep(config, schema, inputs).metrics())
   create = lambda params: TrainState.create(params, optimizer, fairness and fairness.create())  # noqa: E731
   shapes = {name: model.component(name).shapes for name in model.trained}
   abstract = jax.eval_shape(create, shapes)
@@ -187,7 +189,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       profile.before(step)
       batch = clock.next(batches)
       if step == start + 1:
-        inputs = "images" if "images" in batch else "moments"
         clock.flops = model_flops(config, schema, inputs, traced=step_fn.trace(state, frozen, batch, config.seed))
         distributed.compile_together(step_fn, state, frozen, batch, config.seed)
       with out_of_memory_advice(config), jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -206,10 +207,9 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
         pending = []
         check_finite(rows, step - len(rows) + 1, keys, args.workdir / "nonfinite.json")
       if report:
-        values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        values = mean_over_steps(rows)
         position = {"learning_rate": float(learning_rate(step - 1)), "images": step * config.train.batch_size}
         speed = clock.report()
-        check_metric(config.logging.keep_best, values)
         if distributed.is_writer():
           writer.write(step, {**values, **position, **speed})
           progress.update(step, f"loss {values['loss']:.4f}  {describe(speed)}")

@@ -1,6 +1,7 @@
 """Signs of life: heartbeat, stall detector, SIGTERM, keep policy, and the checks of a run that goes on."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -98,10 +99,12 @@ def test_kept_checkpoints_are_the_latest_the_multiples_and_the_best(tmp_path):
   state = {"x": jax.numpy.zeros(2)}
   with Checkpoints(tmp_path, keep=2, keep_every=4, keep_best="loss") as checkpoints:
     for step, loss in enumerate([5.0, 3.0, 1.0, 9.0, 2.0, 8.0, 7.0, 6.0, 5.0, 4.0], start=1):
-      checkpoints.save(step, {"state": state}, {"loss": loss}, {"report": [{"loss": loss}]})
+      metrics = {"loss": loss} if step < 10 else {}  # of which no sample of the report had one
+      checkpoints.save(step, {"state": state}, metrics, {"report": [{"loss": loss, "acc_sex": math.nan}]})
   with Checkpoints(tmp_path, keep=2, keep_every=4, keep_best="loss") as checkpoints:
     assert checkpoints.steps == [3, 4, 8, 9, 10]
-    assert checkpoints.note(9) == {"report": [{"loss": 5.0}]}
+    (row,) = checkpoints.note(9)["report"]
+    assert row["loss"] == 5.0 and math.isnan(row["acc_sex"])
 
 
 def test_another_data_set_is_refused_unless_told_and_a_moved_one_is_not(workspace, trained, tmp_path, fails, capsys):
@@ -140,4 +143,6 @@ def test_out_of_memory_says_what_to_change(workspace):
 
 def test_metric_to_keep_by_must_exist(workspace, tmp_path, fails):
   arguments = [*config_arguments(workspace), "--config.train.steps=4", f"--workdir={tmp_path / 'run'}"]
-  assert "did you mean 'diffusion'" in fails(train.main, *arguments, "--config.logging.keep_best=difusion")
+  for more in ([], ["--dry_run"]):
+    assert "did you mean 'diffusion'" in fails(train.main, *arguments, *more, "--config.logging.keep_best=difusion")
+  assert not (tmp_path / "run").exists()

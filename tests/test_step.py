@@ -13,6 +13,7 @@ from compdiff_jax.config import load_config
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.metrics import mean_over_steps
 from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
@@ -118,12 +119,20 @@ def test_sample_keys_do_not_depend_on_the_batch_size_but_on_seed_and_step():
 
 
 def test_unknown_attributes_do_not_reach_the_auxiliary_loss(setting, reference):
-  """A known value that changes moves its loss; with every attribute unknown the loss is zero."""
+  """A known value that changes moves its loss; with every attribute unknown there is none, and the total lacks it."""
   sex = setting.batch["attributes"]["sex"].copy()
   sex[10] = 1 - sex[10]
   assert setting.curve(sex=sex)[0][0]["aux_sex"] != reference[0][0]["aux_sex"]
   rows, _ = setting.curve(**setting.schema.unknown(16))
-  assert rows[0]["aux_sex"] == rows[0]["aux_age"] == 0 != rows[0]["diffusion"]
+  heads = [name for name in rows[0] if name.startswith(("aux_", "acc_"))]
+  assert len(heads) == 6 and all(np.isnan(rows[0][name]) for name in heads)
+  without = rows[0]["diffusion"] + setting.config.loss.composition * rows[0]["composition"]
+  assert rows[0]["loss"] == pytest.approx(without, rel=1e-5) and np.isfinite(rows[0]["grad_norm"])
+
+
+def test_reports_leave_out_steps_without_a_sample():
+  rows = [{"loss": 1.0, "acc_sex": np.nan, "acc_age": np.nan}, {"loss": 3.0, "acc_sex": 0.5, "acc_age": np.nan}]
+  assert mean_over_steps(rows) == {"loss": 2.0, "acc_sex": 0.5}
 
 
 def test_total_loss_is_the_weighted_sum_of_its_terms(setting, reference):

@@ -86,6 +86,10 @@ class TrainingStep:
   def trained_parameters(self) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(self._state.params))
 
+  def metrics(self) -> list[str]:
+    """The names of what the step reports."""
+    return list(self.trace(None).traced.out_info[1])
+
   def trace(self, devices: Sequence[Any] | None) -> Program:
     """On these devices, by `config.mesh`; None: on one device of this machine, without any sharding."""
     config, model = self._config, self._model

@@ -4,7 +4,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,10 +16,18 @@ from compdiff_jax.data.records import RecordSet
 
 
 def check_intervals(logging: ml_collections.ConfigDict) -> None:
-  """A checkpoint must fall on a report: a resumed run then reports the same means as an uninterrupted one."""
+  """A checkpoint must fall on a report: a resumed run then reports the same means as an uninterrupted one.
+
+  And what is to be kept must be written.
+  """
   if logging.checkpoint_every % logging.log_every:
     raise InputError(
       f"logging.checkpoint_every {logging.checkpoint_every} must be a multiple of logging.log_every {logging.log_every}"
+    )
+  if logging.keep_every % logging.checkpoint_every:
+    raise InputError(
+      f"logging.keep_every {logging.keep_every} must be a multiple of logging.checkpoint_every"
+      f" {logging.checkpoint_every}, or 0"
     )
 
 
@@ -34,10 +42,10 @@ def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:
     print(f"warning: no training image has {', '.join(empty)}; pictures of these will mean nothing", file=sys.stderr)
 
 
-def check_metric(name: str, values: Mapping[str, float]) -> None:
-  """`logging.keep_best` must be a metric of the report."""
-  if name and name not in values:
-    raise InputError(f"logging.keep_best: there is no metric {name!r}{nearest(name, values)}")
+def check_metric(name: str, metrics: Iterable[str]) -> None:
+  """`logging.keep_best` must be one of the step's metrics."""
+  if name not in metrics:
+    raise InputError(f"logging.keep_best: there is no metric {name!r}{nearest(name, metrics)}")
 
 
 def check_finite(

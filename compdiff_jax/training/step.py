@@ -152,7 +152,7 @@ def make_train_step(
   empty_ids: jax.Array,
   fairness: FairDiffusion | None = None,
 ) -> Callable[[TrainState, Params, Mapping[str, Any], int | jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns step(state, frozen, batch, seed) -> (state, metrics).
+  """Returns step(state, frozen, batch, seed) -> (state, metrics); NaN is a metric of which the batch has no sample.
 
   Args:
     model: the networks.
@@ -214,8 +214,9 @@ def make_train_step(
     if fairness is not None:
       means, counts = (jnp.stack([of[name] for name in fairness.group_names]) for of in (metrics, weights))
       fair_state, fair_metrics = fairness.advance(fair_state, means, counts, seed, state.step)
-      # A mean over steps in some of which a group is absent would say nothing, so the groups' means are not reported.
-      metrics = {name: value for name, value in metrics.items() if name not in fairness.group_names} | fair_metrics
+      metrics |= fair_metrics
+    # Over no sample there is no mean: NaN, which reports leave out. In the loss it has counted as 0.
+    metrics |= {name: jnp.where(weight > 0, metrics[name], jnp.nan) for name, weight in weights.items()}
     return TrainState(state.step + 1, params, ema, opt_state, fair_state), metrics
 
   return step
