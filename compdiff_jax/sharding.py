@@ -116,6 +116,9 @@ def parameter_spec(name: str, shape: Sequence[int], rules: Rules, mesh: Mesh) ->
       for dimension, axis in zip(shape, axes):
         if axis is not None and dimension % mesh.shape[axis]:
           raise InputError(f"sharding rule {pattern!r}: {name} {tuple(shape)} is not divisible by {axis}")
+      named = [axis for axis in axes if axis is not None]
+      if len(set(named)) < len(named):
+        raise InputError(f"sharding rule {pattern!r} names a mesh axis twice: {tuple(axes)}")
       if len(axes) > len(shape):
         raise InputError(f"sharding rule {pattern!r} has more axes than {name} {tuple(shape)}")
       return spec
