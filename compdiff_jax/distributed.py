@@ -7,6 +7,7 @@ elsewhere the command names them. Nothing here may be called after a device was 
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -141,8 +142,8 @@ def _join(args: argparse.Namespace) -> None:
     host, _, port = args.coordinator.rpartition(":")
     if not host or not port.isdigit():
       raise InputError(f"--coordinator {args.coordinator!r} must be HOST:PORT")
-  if args.process_timeout <= 0:
-    raise InputError(f"--process_timeout {args.process_timeout:g} must be above 0")
+  if not 0 < args.process_timeout < math.inf:
+    raise InputError(f"--process_timeout {args.process_timeout:g} must be above 0 and finite")
 
   failure: list[Exception] = []
 

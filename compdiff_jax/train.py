@@ -180,7 +180,10 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     if distributed.is_writer():
       writer = resources.enter_context(contextlib.closing(MetricWriter(args.workdir, start)))
       progress = resources.enter_context(contextlib.closing(Progress(final, start, "step")))
-    profile = resources.enter_context(contextlib.closing(Profile(profiled, args.workdir / "profile", clock)))
+    traces = args.workdir / "profile"
+    if jax.process_count() > 1:
+      traces /= str(jax.process_index())  # those of one host would take the same name
+    profile = resources.enter_context(contextlib.closing(Profile(profiled, traces, clock)))
     # A run that SIGTERM stopped between two reports goes on with the first part of its report.
     rows = checkpoints.note(start).get("report", []) if start else []
     pending = []

@@ -6,7 +6,7 @@ data.json        what the training data are, wherever they lie
 metrics.jsonl    one row a report           checkpoints/<step>/
 heartbeat/       one small file a process: step, state, time
 nonfinite.json   the batch whose loss was not finite
-profile/         traces of the steps of --profile
+profile/         traces of the steps of --profile; with several processes one directory each
 
 An imported model (`compdiff import`) has no metrics but its frozen networks and tokenizer in directories of their own,
 and source.json, which says where it came from.

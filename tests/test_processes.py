@@ -168,7 +168,7 @@ def test_two_processes_stop_on_sigterm_and_the_slurm_script_resumes_them(argumen
   """launch/local.py starts them; SIGTERM to one of them stops both. Then launch/slurm.sh, with a stand-in for srun."""
   workdir = tmp_path / "run"
   local = _start([sys.executable, "-m", "launch.local", "--num_processes=2", "--", "compdiff", "train", *arguments,
-                  f"--workdir={workdir}", "--stopped_status=75"])  # fmt: skip
+                  f"--workdir={workdir}", "--stopped_status=75", "--profile=1:2"])  # fmt: skip
   _wait(lambda: _heartbeat(workdir, 0) and _heartbeat(workdir, 1), [local])
   children = subprocess.run(["pgrep", "-P", str(local.pid)], capture_output=True, text=True, check=True)
   os.kill(int(children.stdout.split()[1]), signal.SIGTERM)
@@ -177,6 +177,8 @@ def test_two_processes_stop_on_sigterm_and_the_slurm_script_resumes_them(argumen
   assert "SIGTERM: stopped, to be resumed" in out
   stopped = [_heartbeat(workdir, i) for i in range(2)]
   assert [beat["state"] for beat in stopped] == ["stopped"] * 2
+  for index in range(2):  # on one host, whose name is that of the file
+    assert len(list((workdir / "profile" / str(index)).rglob("*.xplane.pb"))) == 1
   with Checkpoints(workdir / "checkpoints") as checkpoints:
     assert checkpoints.steps[-1] == stopped[0]["step"] == stopped[1]["step"] < _STEPS
 
@@ -367,6 +369,8 @@ def test_coordinator_that_never_answers_and_processes_that_never_come(arguments,
     (["--num_processes=2"], "--coordinator is missing"),
     (["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"], "must be from 0 to 1"),
     (["--coordinator=localhost", "--num_processes=2", "--process_id=0"], "must be HOST:PORT"),
+    (["--process_timeout=nan"], "must be above 0 and finite"),
+    (["--process_timeout=inf"], "must be above 0 and finite"),
   ],
 )
 def test_incomplete_options_are_refused(workspace, tmp_path, fails, options, words):
