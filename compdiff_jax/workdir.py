@@ -88,7 +88,7 @@ def claim(
     found["config"] = _completed(found["config"], workdir)
     changed = [
       difference
-      for difference in differences(found, wanted)
+      for difference in differences(_without_mixed_paths(found), _without_mixed_paths(wanted))
       if not difference.startswith(tuple(f"config.{key}" for key in _FREE))
     ]
     summary = f"{'; '.join(changed[:4])}{' …' if len(changed) > 4 else ''}"
@@ -108,6 +108,13 @@ def claim(
   with writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir, {"data": data, **description(config, schema, frozen_hashes)})
+
+
+def _without_mixed_paths(files: Mapping[str, Any]) -> dict[str, Any]:
+  """`config.data.mix` as weights alone: like `data.path` its data sets are known by their content."""
+  config = files["config"]
+  mix = [weight for _, weight in config["data"]["mix"]]
+  return {**files, "config": {**config, "data": {**config["data"], "mix": mix}}}
 
 
 def description(config: ml_collections.ConfigDict, schema: Schema, frozen_hashes: Mapping[str, str]) -> dict[str, Any]:

@@ -14,10 +14,13 @@ from conftest import PATIENCE, REPOSITORY, config_arguments
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.default_config import base
 from compdiff_jax.metrics import read_metrics
 from compdiff_jax.training import speed
 from compdiff_jax.training.checks import out_of_memory_advice
 from compdiff_jax.training.health import Heartbeat
+from compdiff_jax.workdir import claim
+from data_prep.phantom.population import SCHEMA
 
 _STALL = """
 import time
@@ -125,6 +128,16 @@ def test_another_data_set_is_refused_unless_told_and_a_moved_one_is_not(workspac
   train.main([*arguments, f"--config.data.path={tmp_path / 'other'}", "--accept_changes"])
   assert "accepted changes" in capsys.readouterr().err
   assert "data.0.content" in fails(train.main, *arguments)
+
+
+def test_moved_sets_of_a_mix_are_the_same_run(tmp_path):
+  config = base()
+  for path in ("old/b", "new/b"):
+    config.data.mix = ((path, 0.5),)
+    claim(tmp_path / "run", config, SCHEMA, {}, {"1": "content"})
+  config.data.mix = (("new/b", 0.7),)
+  with pytest.raises(cli.InputError, match=r"config\.data\.mix: \[0\.5\] -> \[0\.7\]"):
+    claim(tmp_path / "run", config, SCHEMA, {}, {"1": "content"})
 
 
 def test_out_of_memory_says_what_to_change(workspace):
