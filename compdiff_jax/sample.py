@@ -14,7 +14,7 @@ from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate, run_job
-from compdiff_jax.sampling.plan import check_complete, read_plan
+from compdiff_jax.sampling.plan import read_plan
 from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.workdir import open_run
 
@@ -75,9 +75,8 @@ def sample(args: argparse.Namespace) -> None:
     raise cli.InputError(f"--guidance_rescale {options.guidance_rescale:g} must lie in 0 to 1")
   guidance = parse_guidance(options.guidance, options.guidance_parts, run.model)
   schema = run.model.schema
-  rows = read_plan(args.plan, schema)
-  if not run.model.conditioner_config.represents_unknown:
-    check_complete(args.plan, rows, run.model.conditioner_config.select(schema))
+  conditioner = run.model.conditioner_config
+  rows = read_plan(args.plan, schema, None if conditioner.represents_unknown else conditioner.select(schema))
   rows = [dataclasses.replace(row, negative=row.negative or options.negative) for row in rows]
   mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
   step, trained = run.load_trained(args.weights, mesh, args.step)

@@ -37,12 +37,12 @@ class PlanRow:
   negative: str = ""
 
 
-def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
+def read_plan(path: str | Path, schema: Schema, all_or_none: Schema | None = None) -> list[PlanRow]:
   """Reads and checks a whole plan; every error is an `InputError` that names file, row and column.
 
   Columns: `text`, one per attribute (empty = unknown), optionally `seed` (default: the position of the row), `id`
   (unique) and `negative` (a negative prompt). Other columns are ignored, so a manifest is a plan too. Rows are counted
-  as in a spreadsheet.
+  as in a spreadsheet. Of the attributes `all_or_none` a row that gives one must give all.
   """
   header, table = iterate_csv(path)
   for name in ("text", *schema.names):
@@ -59,6 +59,12 @@ def read_plan(path: str | Path, schema: Schema) -> list[PlanRow]:
       raise InputError(f"{place} column id: {name!r} is already used in row {ids[name]}; ids must be unique")
     ids[name] = number
     attributes = {a.name: _encode(a, fields[a.name], place) for a in schema}
+    unknown = [a.name for a in all_or_none or () if not a.is_known(attributes[a.name])]
+    if unknown and len(unknown) < len(all_or_none.names):
+      raise InputError(
+        f"{place}: {', '.join(unknown)} left out, and this model has no learned nulls; give all of"
+        f" {', '.join(all_or_none.names)}, or none of them"
+      )
     seed = _seed(fields["seed"], place) if "seed" in fields else index
     rows.append(PlanRow(fields["text"], attributes, seed, index, name, fields.get("negative", "")))
   return rows
@@ -75,17 +81,6 @@ def _seed(text: str, place: str) -> int:
   if not (text.isascii() and text.isdigit() and int(text) < _NUM_SEEDS):
     raise InputError(f"{place} column seed: {text!r} is not an integer from 0 to {_NUM_SEEDS - 1}")
   return int(text)
-
-
-def check_complete(path: str | Path, rows: Sequence[PlanRow], conditioned: Schema) -> None:
-  """Raises an `InputError` where a row gives some of the attributes of `conditioned` and leaves others out."""
-  for row in rows:
-    unknown = [a.name for a in conditioned if not a.is_known(row.attributes[a.name])]
-    if 0 < len(unknown) < len(conditioned.names):
-      raise InputError(
-        f"{path} row {row.row + FIRST_ROW}: {', '.join(unknown)} left out, and this model has no learned nulls; give"
-        f" all of {', '.join(conditioned.names)}, or none of them"
-      )
 
 
 def write_plan(path: str | Path, rows: Sequence[PlanRow], schema: Schema) -> None:
