@@ -8,6 +8,7 @@ ended; what failed is tried again.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -68,6 +69,8 @@ def measure(name: str, out: Path, seconds: float) -> dict[str, object]:
   arguments = MEASUREMENTS[name].replace("OUT", str(out))
   if "TRAIN" in arguments:
     arguments = arguments.replace("TRAIN", finished(out).get("inputs", ["compdiff train"])[-1])
+  if name == "restart":
+    shutil.rmtree(out / "restart", ignore_errors=True)  # of a call that was stopped; it measures a new run
   words = shlex.split(arguments)
   log = out / f"{name.replace(' ', '_')}.log"
   environment = {**_ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str((out / "compiled").absolute()), **os.environ}

@@ -144,7 +144,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "log_every": 50,
       "checkpoint_every": 500,
       "keep_checkpoints": 2,  # the latest; besides them
-      "keep_every": 0,  # those of multiples of so many steps, a multiple of checkpoint_every; 0 for none
+      "keep_every": 0,  # those of multiples of so many steps; 0 for none
       "keep_best": "",  # and the one with the lowest of this metric, for example "diffusion"
       "sample_every": 2500,
       "stall_seconds": 900,  # without a step: print where every thread is, and after twice that end; 0 for never

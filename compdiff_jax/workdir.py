@@ -275,7 +275,10 @@ class Run:
       if own.kind != "none":
         self._check_attributes(config.conditioner.kind, schema)
         names = list(own.select(model.schema).names)
-        config.conditioner = ml_collections.ConfigDict({**own.to_dict(), "attributes": names})
+        fields = {**own.to_dict(), "attributes": names}
+        if "unconditional" in fields:  # not a fact of the networks: with "nulls" this run trains them
+          fields["unconditional"] = config.conditioner.unconditional
+        config.conditioner = ml_collections.ConfigDict(fields)
         config.prompt_attributes = tuple(self.config.prompt_attributes)
     return config
 

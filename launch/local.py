@@ -24,18 +24,25 @@ def main() -> int:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
   )
   parser.add_argument("--num_processes", type=int, required=True, help="how many")
-  parser.add_argument("--gpus", action="store_true", help="process i sees GPU i alone; otherwise all see every device")
+  parser.add_argument(
+    "--gpus", action="store_true", help="process i sees the i-th GPU alone; else all see every device"
+  )
   parser.add_argument("command", nargs="+", help="compdiff VERB …, after a --")
   args = parser.parse_args()
   if args.num_processes < 1 or args.command[0] != "compdiff":
     parser.error("give --num_processes of at least 1 and a command that begins with compdiff")
+
+  visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+  gpus = visible.split(",") if visible else [str(index) for index in range(args.num_processes)]
+  if args.gpus and len(gpus) < args.num_processes:
+    parser.error(f"--num_processes {args.num_processes} is more than CUDA_VISIBLE_DEVICES={visible} names")
 
   with socket.socket() as probe:  # a free port for the coordinator
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   processes = []
   for index in range(args.num_processes):
-    gpu = {"CUDA_VISIBLE_DEVICES": str(index)} if args.gpus else {}
+    gpu = {"CUDA_VISIBLE_DEVICES": gpus[index]} if args.gpus else {}
     places = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={args.num_processes}", f"--process_id={index}"]
     processes.append(
       subprocess.Popen(

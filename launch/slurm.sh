@@ -29,7 +29,7 @@ gpu_flags="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_
 export XLA_FLAGS="$gpu_flags ${XLA_FLAGS:-}"
 
 status=0
-srun --kill-on-bad-exit=1 "${PYTHON:-python}" -u -m compdiff_jax train "$@" --stopped_status=75 || status=$?
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" "${PYTHON:-python}" -u -m compdiff_jax train "$@" --stopped_status=75 || status=$?
 
 # 75: stopped, or another process was lost; from 128 on: killed. After anything else another try would end the same way.
 if (((status == 75 || status >= 128) && ${SLURM_RESTART_COUNT:-0} < 50)); then

@@ -22,9 +22,12 @@ create)
   : "${TYPE:?}" "${RUNTIME:?}"
   gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" --accelerator-type="$TYPE" \
     --runtime-version="$RUNTIME" ${SPOT:+--spot}
-  until [[ $(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)') \
-    == ACTIVE ]]; do
-    echo "waiting for $NAME" && sleep 30
+  until
+    state=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)')
+    [[ $state == ACTIVE ]]
+  do
+    [[ $state != FAILED && $state != SUSPENDED ]] || { echo "$NAME is $state: delete it" >&2 && exit 1; }
+    echo "waiting for $NAME ($state)" && sleep 30
   done
   ;;
 install)
@@ -40,9 +43,11 @@ install)
   ;;
 train)
   shift
-  on_all "cd compdiff-jax && export JAX_COMPILATION_CACHE_DIR=\$PWD/bucket/compile_cache PYTHONUNBUFFERED=1 \
-    LIBTPU_INIT_ARGS='${LIBTPU_INIT_ARGS:-}' && nohup .venv/bin/compdiff train $(printf '%q ' "$@") \
-    >> train.log 2>&1 < /dev/null &"
+  # The last command alone goes to the background: a list would keep the connection open until training ends.
+  on_all "cd compdiff-jax || exit
+    export JAX_COMPILATION_CACHE_DIR=\$PWD/bucket/compile_cache PYTHONUNBUFFERED=1 \
+      LIBTPU_INIT_ARGS='${LIBTPU_INIT_ARGS:-}'
+    nohup .venv/bin/compdiff train $(printf '%q ' "$@") >> train.log 2>&1 < /dev/null &"
   ;;
 stop) # a checkpoint, then the end
   on_all "pkill -TERM -f 'bin/compdiff train'"

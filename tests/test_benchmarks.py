@@ -103,18 +103,18 @@ def test_measurements_of_a_gpu_go_on_where_the_time_was_over(tmp_path, monkeypat
     {
       "inputs": "-c \"print('many words'); print('compdiff train --config=a')\"",
       "broken": "-c 'import nowhere'",
-      "slow": "-c 'import os, time; os.path.exists(\"OUT/go\") or time.sleep(3600)'",
+      "restart": '-c \'import os, time; os.mkdir("OUT/restart"); os.path.exists("OUT/go") or time.sleep(3600)\'',
       "last": "-c 'import sys; print(sys.argv)' TRAIN",
     },
   )
   command = [f"--out={tmp_path}", "--minutes=0.1"]
-  with pytest.raises(RunError, match="goes on with 'slow'"):
+  with pytest.raises(RunError, match="goes on with 'restart'"):
     one_gpu.main(command)
   rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-  assert [(row["name"], row["status"]) for row in rows] == [("inputs", 0), ("broken", 1), ("slow", -9)]
+  assert [(row["name"], row["status"]) for row in rows] == [("inputs", 0), ("broken", 1), ("restart", -9)]
   assert "nowhere" in rows[1]["output"][-1] and "nowhere" in (tmp_path / "broken.log").read_text()
   (tmp_path / "go").touch()
   one_gpu.main([f"--out={tmp_path}", "--minutes=60"])
-  assert list(one_gpu.finished(tmp_path)) == ["inputs", "slow", "last"]
+  assert list(one_gpu.finished(tmp_path)) == ["inputs", "restart", "last"]
   assert one_gpu.finished(tmp_path)["last"] == ["['-c', 'compdiff', 'train', '--config=a']"]
   assert "there is no 'lost'" in fails(one_gpu.main, *command, "--only=lost")

@@ -6,13 +6,17 @@ launch/local.py and launch/slurm.sh train in test_processes.py.
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 from conftest import PATIENCE, REPOSITORY
+
+from launch import local
 
 _LAUNCH = REPOSITORY / "launch"
 _SCRIPTS = sorted(_LAUNCH.glob("*.sh"))
@@ -80,12 +84,61 @@ def test_tpu_vm_script_creates_runs_and_deletes(call):
   status, calls, _ = call("tpu_vm.sh", "create", SPOT="1", **where)
   assert status == 0 and "<queued-resources> <create> <n>" in calls[0] and "<--spot>" in calls[0]
   status, calls, _ = call("tpu_vm.sh", "train", *_TRAIN, **where)
-  assert status == 0 and "<--worker=all>" in calls[0] and r"--workdir=/shared/a\ run" in calls[0]
-  assert "LIBTPU_INIT_ARGS='--xla_a=1'" in call("tpu_vm.sh", "train", LIBTPU_INIT_ARGS="--xla_a=1", **where)[1][0]
+  command = "\n".join(calls)
+  assert status == 0 and "<--worker=all>" in command and r"--workdir=/shared/a\ run" in command
+  assert "LIBTPU_INIT_ARGS='--xla_a=1'" in str(call("tpu_vm.sh", "train", LIBTPU_INIT_ARGS="--xla_a=1", **where)[1])
   status, calls, _ = call("tpu_vm.sh", "delete", **where)
   assert status == 0 and "<delete> <n>" in calls[0]
   assert call("tpu_vm.sh", "crate", **where)[0] == 2
   assert call("tpu_vm.sh", "create", ZONE="z")[0] != 0
+
+
+def test_tpu_vm_does_not_wait_for_a_slice_that_failed(call, tmp_path):
+  (tmp_path / "gcloud").write_text("#!/bin/sh\necho FAILED\n")
+  status, _, out = call("tpu_vm.sh", "create", NAME="n", ZONE="z", TYPE="v5litepod-16", RUNTIME="r")
+  assert status == 1 and "n is FAILED: delete it" in out
+
+
+def test_training_on_a_tpu_vm_lets_go_of_the_connection(call, tmp_path):
+  """The host's shell ends at once, and what it was given to write to is free."""
+  compdiff = tmp_path / "compdiff-jax" / ".venv" / "bin" / "compdiff"
+  compdiff.parent.mkdir(parents=True)
+  compdiff.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep {10 * PATIENCE}\n")
+  compdiff.chmod(stat.S_IRWXU)
+  (tmp_path / "gcloud").write_text('#!/bin/sh\nfor last; do :; done\ncd "$HOME" && exec sh -c "${last#--command=}"\n')
+  try:
+    assert call("tpu_vm.sh", "train", *_TRAIN, NAME="n", ZONE="z")[0] == 0
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+      time.sleep(0.01)
+  finally:
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+def test_local_processes_share_the_gpus_that_are_visible(monkeypatch, capsys):
+  seen = []
+
+  class Process:
+    stdout = stderr = ()
+
+    def __init__(self, command, env, **_):
+      seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+    def wait(self, timeout):
+      return 0
+
+  monkeypatch.setattr(local.subprocess, "Popen", Process)
+  monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+  monkeypatch.setattr("sys.argv", ["local", "--num_processes=2", "--gpus", "--", "compdiff", "train"])
+  for visible, expected in ((None, ["0", "1"]), ("4,5,6", ["4", "5"])):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+      monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    seen.clear()
+    assert local.main() == 0 and seen == expected
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+  with pytest.raises(SystemExit):
+    local.main()
+  assert "is more than CUDA_VISIBLE_DEVICES=4 names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["gcluster", "xpk"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.additive import AdditiveConfig
@@ -24,8 +25,10 @@ from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion import trajectory
 from compdiff_jax.diffusion.guidance import classifier_free_guidance
 from compdiff_jax.diffusion.samplers import Sampler, make_table
+from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop import weights
 from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES
+from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
 from tests import torch_states
 from tests.toy_export import (
@@ -59,6 +62,25 @@ def exported(tmp_path_factory, tokenizer_dir):
 @pytest.fixture(scope="module")
 def pipes(exported):
   return {variant: load(directory) for variant, directory in exported.items()}
+
+
+def test_timesteps_are_those_of_the_run(tmp_path, tokenizer_dir):
+  """Stable Diffusion's own pipeline would add 1 to them."""
+  scheduler = to_diffusers(NoiseSchedule(steps_offset=0), Sampler("ddim", timestep_spacing="leading"))
+  pipe = load(export(tmp_path / "model", tokenizer_dir, "nulls", scheduler_config=scheduler))
+  pipe.scheduler.set_timesteps(10)
+  assert pipe.scheduler.timesteps.tolist() == list(range(900, -1, -100))
+
+
+def test_guidance_may_end_on_the_way(pipes):
+  """From half of the steps on the UNet has the conditional rows alone."""
+  drawn = {}
+  for ratio in (0.0, 0.5, 1.0):
+    drawn[ratio] = pipes["time"](
+      TEXTS[0], age=64, sex="female", race="asian", num_inference_steps=4, guidance_scale=4.0, output_type="latent",
+      latents=torch.ones(1, 4, 8, 8), callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=ratio),
+    ).images  # fmt: skip
+  assert (drawn[0.5] - drawn[0.0]).abs().max() > 0.01 and (drawn[0.5] - drawn[1.0]).abs().max() > 0.01
 
 
 # Compiling takes longer than running here; without LLVM's expensive passes it takes half as long.

@@ -278,7 +278,7 @@ def test_unfinished_checkpoint_is_never_picked_up(workspace, trained, tmp_path):
     ("--config.conditioner.d_ctx=32", "must be equal"),
     ("--config.conditioner.attributes=('age','height')", "height"),
     ("--config.logging.checkpoint_every=5", "multiple of logging.log_every"),
-    ("--config.logging.keep_every=6", "multiple of logging.checkpoint_every 4"),
+    ("--config.logging.keep_every=6", "a multiple or divisor of logging.checkpoint_every 4"),
     ("--config.sharding_rules=(('.*kernel',('fsdp','fsdp')),)", "names a mesh axis twice"),
     ("--config.seed=2147483648", "config.seed is 2147483648; it must be from 0 to 2147483647"),
     ("--config.train.warmup_steps=9999", "must be smaller than train.steps"),

@@ -63,6 +63,10 @@ VARIANTS = {
   "nulls": (HCNConfig(d_node=16, d_ctx=24, aux_hidden_dim=8), ()),
   "released": (HCNConfig(("sex", "race"), d_node=16, d_ctx=24, aux_hidden_dim=0, learned_nulls=False), ("age",)),
   "time": (TypedConfig(d_node=16, d_ctx=24, d_time_emb=64, aux_hidden_dim=8, unconditional="zeros"), ()),
+  "transformer": (
+    TypedConfig(d_node=16, d_ctx=24, aux_hidden_dim=0, composer="transformer", transformer_heads=2, num_registers=1),
+    (),
+  ),
 }
 SCHEDULE = NoiseSchedule()
 TEXTS = ["Effusion left.", "No finding.", "Large heart."]

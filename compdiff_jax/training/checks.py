@@ -24,10 +24,10 @@ def check_intervals(logging: ml_collections.ConfigDict) -> None:
     raise InputError(
       f"logging.checkpoint_every {logging.checkpoint_every} must be a multiple of logging.log_every {logging.log_every}"
     )
-  if logging.keep_every % logging.checkpoint_every:
+  every, written = logging.keep_every, logging.checkpoint_every
+  if every and every % written and written % every:
     raise InputError(
-      f"logging.keep_every {logging.keep_every} must be a multiple of logging.checkpoint_every"
-      f" {logging.checkpoint_every}, or 0"
+      f"logging.keep_every {every} must be 0, or a multiple or divisor of logging.checkpoint_every {written}"
     )
 
 

@@ -68,6 +68,11 @@ class _Conditioner(ModelMixin, ConfigMixin):
   # Whether a single unknown attribute has a learned representation. If not, all are given or none.
   represents_unknown = True
 
+  def __getattr__(self, name):
+    # diffusers reads attributes from the config first, but `composer` is a module as well, into which it loads weights.
+    modules = self.__dict__.get("_modules", {})
+    return modules[name] if name in modules else super().__getattr__(name)
+
   def _read_schema(self, schema, attributes):
     self.schema = {attribute["name"]: attribute for attribute in schema}
     self.names = [name for name in self.schema if name in attributes or not attributes]
@@ -395,8 +400,7 @@ class TypedConditioner(_Conditioner):
       return h, dict(zip(self.names, contexts)), None
     shared = [self.cls_token, *(self.register_tokens if self.config.num_registers else [])]
     sequence = torch.stack([*parts, *(vector.expand_as(parts[0]) for vector in shared)], dim=1)
-    # diffusers would read `self.composer` from the config, where it is a name.
-    out = self._modules["composer"](sequence + self.type_emb)
+    out = self.composer(sequence + self.type_emb)
     contexts = out.unbind(1) if multi else ()
     return out[:, len(parts)], dict(zip(self.names, contexts)), out[:, len(parts) + 1 :]
 

@@ -29,10 +29,17 @@ _OPTIONS = (
 )
 
 
+def _last(rows, output):
+  """As many rows as the UNet has: a callback that ends guidance leaves it the conditional half, which is the last."""
+  return rows[-len(output) :]
+
+
 class CompDiffPipeline(StableDiffusionPipeline):
   """A Stable Diffusion pipeline whose context is the text tokens followed by demographic tokens."""
 
   model_cpu_offload_seq = "conditioner->text_encoder->image_encoder->unet->vae"
+  # Small, and its tables are read outside of the modules that hold them, where sequential offloading has no weights.
+  _exclude_from_cpu_offload = ("safety_checker", "conditioner")
 
   def __init__(
     self,
@@ -47,6 +54,7 @@ class CompDiffPipeline(StableDiffusionPipeline):
     image_encoder=None,
     requires_safety_checker: bool = False,
   ):
+    config = scheduler.config
     super().__init__(
       vae=vae,
       text_encoder=text_encoder,
@@ -58,6 +66,8 @@ class CompDiffPipeline(StableDiffusionPipeline):
       image_encoder=image_encoder,
       requires_safety_checker=requires_safety_checker,
     )
+    # Stable Diffusion's pipeline sets `steps_offset` to 1, whatever the model was trained and sampled with.
+    scheduler._internal_dict = config
     self.register_modules(conditioner=conditioner)
 
   def _split_keywords(self, keywords):
@@ -148,7 +158,9 @@ class CompDiffPipeline(StableDiffusionPipeline):
       yield
       return
     added = torch.cat([vector.repeat_interleave(num_images_per_prompt, dim=0) for vector in vectors])
-    hook = self.unet.time_embedding.register_forward_hook(lambda module, inputs, output: output + added.to(output))
+    hook = self.unet.time_embedding.register_forward_hook(
+      lambda module, inputs, output: output + _last(added, output).to(output)
+    )
     try:
       yield
     finally:
@@ -167,7 +179,9 @@ class CompDiffPipeline(StableDiffusionPipeline):
         )
         hooks.append(
           resnet.register_forward_hook(
-            lambda module, inputs, output, gamma=gamma, beta=beta: gamma.to(output) * output + beta.to(output)
+            lambda module, inputs, output, gamma=gamma, beta=beta: (
+              _last(gamma, output).to(output) * output + _last(beta, output).to(output)
+            )
           )
         )
     try:
