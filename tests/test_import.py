@@ -234,6 +234,8 @@ def test_training_keeps_the_imported_conditioner(imported):
   started = run.start(config, REFERENCE_SCHEMA)
   assert started.conditioner.to_dict() == {**TYPED.to_dict(), "attributes": ["age", "sex", "race"]}
   assert started.weights.vae == str(imported / "vae") and started.weights.unet == ""
+  config.conditioner.unconditional = "nulls"  # what the reference does not train, this run may
+  assert run.start(config, REFERENCE_SCHEMA).conditioner.unconditional == "nulls"
   with pytest.raises(InputError, match=r"was made for race of White, Black, Asian, Hispanic, and the data"):
     run.start(config, REFERENCE_SCHEMA.subset(("age", "sex")))
   config.lora.rank = 2
