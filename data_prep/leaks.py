@@ -48,8 +48,8 @@ _AGES = (
   _NUMBER + _OLD,
   _SPELLED + _OLD,
   r"\baged?[\s:=]+(?:of\s+)?(\d{1,3})\b",
-  rf"{_WHOLE}\s?/?\s?(?-i:[MF])\b",
-  rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*(?-i:[MF])\b",
+  rf"{_WHOLE}\s?/?\s?(?-i:[MF]){scrub.LETTER_END}",
+  rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*(?-i:[MF]){scrub.LETTER_END}",
   r"\b(?-i:[MF])\s?/\s?(\d{1,3})\b",
 )
 
@@ -57,13 +57,14 @@ _AGES = (
 def _letter_forms(letter: str) -> list[str]:
   """Expressions of a letter that stands for a sex."""
   capital = rf"(?-i:{letter.upper()})"
+  end = scrub.LETTER_END
   return [
-    rf"{_WHOLE}\s?/?\s?{capital}\b",  # 72F, 72/F
+    rf"{_WHOLE}\s?/?\s?{capital}{end}",  # 72F, 72/F
     rf"\b{capital}\s?/\s?\d{{1,3}}\b",
-    rf"\b_{{2,}}\s?{capital}\b",
-    rf"(?<![a-z]){_OLD}[\s.,/-]*{letter}\b(?![/'’])",  # 72 yo F, but no f/u
-    rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*{capital}\b",
-    rf"\b(?:patient|pt)\.?[\s,]+{capital}\b(?!/)",
+    rf"{scrub.BLANKED}{capital}{end}",
+    rf"(?<![a-z]){_OLD}[\s.,/-]*{letter}{end}",  # 72 yo F
+    rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*{capital}{end}",
+    rf"\b(?:patient|pt)\.?[\s,]+{capital}{end}",
     rf"\b(?:sex|gender)[\s:=-]+{letter}\b",
   ]
 

@@ -30,7 +30,10 @@ _NUMBER = (
 )
 _YEARS = r"[-\s]*(?:years?|yrs?|y)"
 _OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:yo|y/o|y\.o\.)(?!\w))"  # year-old, years of age, yo
-_SEX = r"(?:[-\s,/]*[mf]\b(?![/'’]))?"  # the letter behind an age; "f/u" is none
+LETTER_END = r"\b(?![/'’])"  # of a letter that stands for a sex: "F/U" is a follow-up
+_SEX = rf"(?:[-\s,/]*[mf]{LETTER_END})?"  # the letter behind an age
+# Behind "___", what is left of an age or a name: "___F" is a woman, "___ F" too, but "___ F. Smith" has an initial.
+BLANKED = rf"\b_{{2,}}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
 
 _PERSON = r"(?:patients?|males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)"
 # "8 F catheter tip", "chest tube, 28 F": F is the French size there, not a sex. "28F chest tube" is taken for a person.
@@ -91,12 +94,12 @@ DEMOGRAPHICS = (
     "",
   ),
   (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b)?(?!\w){_SEX}", ""),
-  (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_YEARS}[-\s]*(?-i:[MF])\b)", "patient"),
+  (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_YEARS}[-\s]*(?-i:[MF]){LETTER_END})", "patient"),
   (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
   # What the first group holds stays.
-  (rf"({FRENCH})|(?:(?<!\w)(?<!\d[.,])\d{{1,3}}\s?/?|\b_{{2,}})\s?(?-i:[MF])\b", r"\1"),
+  (rf"({FRENCH})|(?:(?<!\w)(?<!\d[.,])\d{{1,3}}\s?/?\s?|{BLANKED})(?-i:[MF]){LETTER_END}", r"\1"),
   (r"\b(?-i:[MF])\s?/\s?\d{1,3}\b", ""),
-  (r"\b(?:patient|pt)\.?[\s,]+(?-i:[MF])\b(?!/)", "patient"),
+  (rf"\b(?:patient|pt)\.?[\s,]+(?-i:[MF]){LETTER_END}", "patient"),
   (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|adult|aged|infant|child|teenager?)\b", ""),
   # "old" alone is a finding: an old fracture.
   (rf"\b(?:an? )?old(?=\s+{_PERSON}\b)", ""),

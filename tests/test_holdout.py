@@ -125,6 +125,8 @@ def test_rarest_cells_are_those_with_fewest_training_images(source, tmp_path, na
     ("Patient F with cough", {"sex": {1}}),
     ("F/72, 45/M, 30 y M", {"age": {0, 1, 2}, "sex": {0, 1}}),
     ("8 F catheter tip. Nodule 2.5 F. Correlate with MR. Patient F/U. 72 year old f/u", {"age": {2}}),
+    ("Nodule, 2 year F/U. Recommend 1 yr F/U CT. 12 F/U, ___ F/U, ___ M. Smith.", {}),
+    ("___F. Cough.", {"sex": {1}}),
     ("A left effusion of 52 mm, 50 m away, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
   ],
 )

@@ -75,6 +75,7 @@ def test_impression(report, expected):
     ("Age: 45. Sex: F.", ""),
     ("Age: 45 years. Gender: female. Race: Black or African American. Effusion.", "Effusion."),
     ("A 45 y F, 60/M and F/72, pt F: clear.", "Patient, and, patient: clear."),
+    ("___F. Cough. ___ F with edema.", "Cough. With edema."),
     ("28F with 28 F chest tube.", "With 28 F chest tube."),
     ("72 year old f/u nodule", "Patient f/u nodule"),
     # Identifiers
@@ -90,6 +91,7 @@ def test_impression(report, expected):
     ("Portable DR. No effusion.", None),
     ("8 F catheter tip, 10F pigtail, an 8 F right-sided PICC; chest tube (28 F).", None),
     ("Nodule 2.5 F. Fever 100.4 F. 3,5 M.", None),
+    ("Nodule, 2 year F/U. Recommend 1 yr F/U CT. 12 F/U.", None),
     ("Patient F/U in 6 weeks. Segment 6 may represent scar. Stage T2 N1 M0, 1/2.", None),
   ],
 )
