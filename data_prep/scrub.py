@@ -24,16 +24,19 @@ _NAME = rf"{_NO_NAME}(?-i:[A-Z][\w'’-]*)"
 _INITIALS = r"(?:(?-i:[A-Z])\.\s*)*"
 _FULL_NAME = rf"{_INITIALS}{_NAME}(?:\s+{_INITIALS}{_NAME}){{0,2}}"
 _SMALL_NAME = rf"{_NO_NAME}(?-i:[a-z][\w'’-]+)"
+_WHOSE = r"(?:(?:patient|physician|doctor|radiologist)(?:['’]s)?|first|last|middle|full|family|given)"
 _NUMBER = (
   r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
   r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?|__+)"
 )
+_VALUE = r"(?:n/a|not?[ \t]+\w+|\w+)"  # behind "sex:"; "not stated" and "no information" too
 _YEARS = r"[-\s]*(?:years?|yrs?|y)"
 _OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:yo|y/o|y\.o\.)(?!\w))"  # year-old, years of age, yo
+_MONTHS = r"[-\s]*(?:months?|mos?|weeks?|wks?|days?)(?:[-\s]*(?:old|of age))?\b"
 LETTER_END = r"\b(?![/'’])"  # of a letter that stands for a sex: "F/U" is a follow-up
 _SEX = rf"(?:[-\s,/]*[mf]{LETTER_END})?"  # the letter behind an age
 # Behind "___", what is left of an age or a name: "___F" is a woman, "___ F" too, but "___ F. Smith" has an initial.
-BLANKED = rf"\b_{{2,}}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
+BLANKED = r"\b_{2,}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
 
 _PERSON = r"(?:patients?|males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)"
 # "8 F catheter tip", "chest tube, 28 F": F is the French size there, not a sex. "28F chest tube" is taken for a person.
@@ -57,8 +60,9 @@ _NAMED_PERSONS = (
 )
 IDENTIFIERS = (
   _NAMED_PERSONS,
+  # Only of a person: "exam name: chest" stays.
   (
-    r"\b(?:patient(?:['’]s)?\s+)?name\s*[:=]\s*"
+    rf"(?:(?m:^)|(?<=[.,;(])|\b{_WHOSE})[^\S\n]*(?:{_WHOSE}\s+)?name\s*[:=]\s*"
     rf"(?:{_NAME},\s*{_NAME}(?:\s+(?-i:[A-Z])\b)?|{_FULL_NAME}|{_SMALL_NAME}(?:\s+{_SMALL_NAME})?)",
     "",
   ),
@@ -87,13 +91,14 @@ IDENTIFIERS = (
   (r"_{2,}", ""),
 )
 DEMOGRAPHICS = (
-  (r"\b(?:sex|gender)(?:\s*[:=]\s*\w+|[-\s]+(?:[mf]|(?:fe)?males?)\b)", ""),
+  (rf"\b(?:sex|gender)(?:\s*[:=]\s*{_VALUE}|[-\s]+(?:[mf]|(?:fe)?males?)\b)", ""),
   (
-    r"\b(?:race|ethnicity)\s*[:=]\s*\w+(?:(?:\s+or\s+|\s*/\s*|[-\s])(?:african[-\s]american|american|latin[oa]"
+    rf"\b(?:race|ethnicity)\s*[:=]\s*{_VALUE}(?:(?:\s+or\s+|\s*/\s*|[-\s])(?:african[-\s]american|american|latin[oa]"
     r"|caucasian))?",
     "",
   ),
-  (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b)?(?!\w){_SEX}", ""),
+  (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b|{_MONTHS})?(?!\w){_SEX}", ""),
+  (r"\bage\s*[:=]\s*(?:n/a|not?[ \t]+\w+|un\w+)", ""),
   (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_YEARS}[-\s]*(?-i:[MF]){LETTER_END})", "patient"),
   (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
   # What the first group holds stays.

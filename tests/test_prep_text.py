@@ -85,7 +85,13 @@ def test_impression(report, expected):
     ("Patient name: John A. Smith. Effusion.", "Effusion."),
     ("Name: SMITH, JOHN A. Effusion.", "Effusion."),
     ("mr. smith and Mrs. Smith: clear.", "And: clear."),
+    ("Stable. Patient's name: Ann Lee, first name: Ann. Clear.\nName: Lee", "Stable. Clear."),
+    ("Gender: no information. Heart normal", "Heart normal"),
+    ("Sex: not stated. Race: n/a. Age: 6 months.", ""),
+    ("Age: unknown. Aged 3 weeks old. Age: not given. Clear.", "Clear."),
     # What only looks like them
+    ("EXAM NAME: CHEST RADIOGRAPH. HEART NORMAL", None),
+    ("Procedure name: Chest PA and lateral.", None),
     ("Correlate with MR. No effusion.", None),
     ("MS. Chronic changes.", None),
     ("Portable DR. No effusion.", None),
