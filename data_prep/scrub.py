@@ -66,9 +66,10 @@ IDENTIFIERS = (
     rf"(?:{_NAME},\s*{_NAME}(?:\s+(?-i:[A-Z])\b)?|{_FULL_NAME}|{_SMALL_NAME}(?:\s+{_SMALL_NAME})?)",
     "",
   ),
-  (r"\S+@\S+\.\w+", ""),
+  # Bounded, and without blanks that two parts may share: long texts would take for ever.
+  (r"[^\s@]{1,64}@[^\s@]{1,255}\.\w+", ""),
   (
-    r"\b(?:accession|mrn|medical record|clip|record|exam|study|account)\s*(?:numbers?|no\.?|id|#)?\s*[:#]?\s*"
+    r"\b(?:accession|mrn|medical record|clip|record|exam|study|account)(?:\s*(?:numbers?|no\.?|id|#))?(?:\s*[:#])?\s*"
     r"[a-z]{0,3}-?\d{4,}\b",
     "",
   ),

@@ -111,6 +111,11 @@ def test_scrub(text, expected):
   assert not Scanner(_SCHEMA)(found) and (expected is not None or not Scanner(_SCHEMA)(text))
 
 
+def test_long_texts_without_an_end_do_not_hang():
+  for text in ("a@" * 10_000, "Record" + " " * 20_000 + "clear"):
+    assert scrub.scrub(text, scrub.ALL)
+
+
 def test_rules_from_a_file(tmp_path):
   (tmp_path / "rules.txt").write_text("# names of wards\nward \\d+\nST\\. ELSEWHERE => hospital\n\n")
   rules = scrub.read_rules(tmp_path / "rules.txt")
