@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from compdiff_jax.cli import InputError
 from data_prep.dicom import is_dicom, read_dicom
@@ -33,7 +33,7 @@ _TURN_BACK = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_270,
 }
-# What Pillow raises for files that are no image, cut short or damaged.
+# What Pillow raises for images that are cut short or damaged.
 _IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
@@ -159,5 +159,7 @@ class FolderImages:
       return encode_image(read_image(path), self.options)
     except Image.DecompressionBombError as error:
       raise RowError(f"image too large: {error}") from None
+    except UnidentifiedImageError:
+      raise RowError(f"unreadable image: not a {', '.join(_FORMATS)} or DICOM file") from None
     except _IMAGE_ERRORS as error:
       raise RowError(f"unreadable image: {' '.join(str(error).split())}") from None

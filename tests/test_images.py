@@ -146,9 +146,9 @@ def test_refused_files(tmp_path):
     "nowhere.png": "missing image file",
     "real.png/x": "missing image file",
     "bomb.png": "image too large: Image size (1600000000 pixels)",
-    "text.png": "unreadable image",
+    "text.png": "unreadable image: not a PNG, JPEG, TIFF, BMP, WEBP or DICOM file",
     "cut.png": "unreadable image",
-    "run.eps": "unreadable image",
+    "run.eps": "unreadable image: not a PNG, JPEG, TIFF, BMP, WEBP or DICOM file",
     "nan.tiff": "unreadable image: it has values that are no numbers",
     "a\0b": "unreadable image",
   }.items():
