@@ -11,7 +11,8 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
   attributes          tuple of dicts: the fields of `Attribute`, `column`, and `mapping` {raw value: value}, where a
                       value "" makes a raw value unknown; without `mapping` the raw values are the attribute's values.
                       With unit "year", ages such as "058Y" (DICOM) and ">89" are read too
-  text.parts          templates such as "{finding}."; a part is left out when one of its columns is unknown
+  text.parts          templates such as "{finding}."; a part is left out when one of its columns is unknown. Braces hold
+                      the name of a column only, no format specification such as ":.1f"
   text.replace        (regular expression, replacement) pairs, ignoring case, applied to the columns of the text; they
                       keep attributes and identifiers out of it, as the rules of data_prep/scrub.py do
   text.max_words      the text is cut after so many words
