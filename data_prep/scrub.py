@@ -25,6 +25,9 @@ _INITIALS = r"(?:(?-i:[A-Z])\.\s*)*"
 _FULL_NAME = rf"{_INITIALS}{_NAME}(?:\s+{_INITIALS}{_NAME}){{0,2}}"
 _SMALL_NAME = rf"{_NO_NAME}(?-i:[a-z][\w'’-]+)"
 _WHOSE = r"(?:(?:patient|physician|doctor|radiologist)(?:['’]s)?|first|last|middle|full|family|given)"
+# Things whose name is no person's. Every other "name:" is taken for one: a lost word is better than a name that stays.
+_THINGS = ("exam", "examination", "procedure", "study", "series", "protocol", "test", "file", "drug", "device")
+_NO_THING = "".join(rf"(?<!\b{thing}\s)" for thing in _THINGS)
 _NUMBER = (
   r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
   r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?|__+)"
@@ -33,7 +36,7 @@ _VALUE = r"(?:n/a|not?[ \t]+\w+|\w+)"  # behind "sex:"; "not stated" and "no inf
 _YEARS = r"[-\s]*(?:years?|yrs?|y)"
 _OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:yo|y/o|y\.o\.)(?!\w))"  # year-old, years of age, yo
 _MONTHS = r"[-\s]*(?:months?|mos?|weeks?|wks?|days?)(?:[-\s]*(?:old|of age))?\b"
-LETTER_END = r"\b(?![/'’])"  # of a letter that stands for a sex: "F/U" is a follow-up
+LETTER_END = r"\b(?!['’]|/\s?(?:[a-z]|ups?)\b)"  # of a letter that stands for a sex: "F/U" is a follow-up
 _SEX = rf"(?:[-\s,/]*[mf]{LETTER_END})?"  # the letter behind an age
 # Behind "___", what is left of an age or a name: "___F" is a woman, "___ F" too, but "___ F. Smith" has an initial.
 BLANKED = r"\b_{2,}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
@@ -60,9 +63,8 @@ _NAMED_PERSONS = (
 )
 IDENTIFIERS = (
   _NAMED_PERSONS,
-  # Only of a person: "exam name: chest" stays.
   (
-    rf"(?:(?m:^)|(?<=[.,;(])|\b{_WHOSE})[^\S\n]*(?:{_WHOSE}\s+)?name\s*[:=]\s*"
+    rf"\b(?:{_WHOSE}\s+){{0,2}}{_NO_THING}name\s*[:=]\s*"
     rf"(?:{_NAME},\s*{_NAME}(?:\s+(?-i:[A-Z])\b)?|{_FULL_NAME}|{_SMALL_NAME}(?:\s+{_SMALL_NAME})?)",
     "",
   ),

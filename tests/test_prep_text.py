@@ -92,6 +92,8 @@ def test_impression(report, expected):
     # What only looks like them
     ("EXAM NAME: CHEST RADIOGRAPH. HEART NORMAL", None),
     ("Procedure name: Chest PA and lateral.", None),
+    ("Referring MD name: John Smith. Effusion Name: Ann Lee", "Referring MD. Effusion"),
+    ("60 M/white. 72/F/Black woman", "/white. / patient"),
     ("Correlate with MR. No effusion.", None),
     ("MS. Chronic changes.", None),
     ("Portable DR. No effusion.", None),
