@@ -185,7 +185,7 @@ def main() -> None:
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
   devices = topology_devices(args.topology, 1)
-  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, devices)
+  mesh = sharding.make_mesh(sharding.DATA_PARALLEL, devices)
   known = pieces(_Shapes(mesh, args.rows), args.attention)
   for part in args.parts.split(","):
     if part not in known:

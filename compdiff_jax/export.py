@@ -69,7 +69,7 @@ def _export_lora(run: Run, out: Path, weights: str, step: int | None, dtype: str
   """Writes the low-rank factors of a run under the names that diffusers and PEFT have for them."""
   if run.model.lora is None:
     raise InputError(f"--lora: {run.workdir} has trained the UNet itself (lora.rank is 0); leave the option out")
-  step, trained = run.load_trained(weights, sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}), step)
+  step, trained = run.load_trained(weights, sharding.make_mesh(sharding.DATA_PARALLEL), step)
   with cli.whole_directory(out) as directory, cli.writing(out):
     factors = run.model.lora.unscaled(trained["lora"])
     save_weights(directory, "pytorch_lora_weights", {f"unet.{name}": x for name, x in factors.items()}, dtype)

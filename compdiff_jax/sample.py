@@ -78,7 +78,7 @@ def sample(args: argparse.Namespace) -> None:
   conditioner = run.model.conditioner_config
   rows = read_plan(args.plan, schema, None if conditioner.represents_unknown else conditioner.select(schema))
   rows = [dataclasses.replace(row, negative=row.negative or options.negative) for row in rows]
-  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  mesh = sharding.make_mesh(sharding.DATA_PARALLEL)
   step, trained = run.load_trained(args.weights, mesh, args.step)
   generate = make_generate(
     run.model,

@@ -18,6 +18,8 @@ from compdiff_jax.cli import InputError, nearest
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = AXES[:2]
+# Every device has all parameters and its share of the rows.
+DATA_PARALLEL = {"data": -1, "fsdp": 1, "tensor": 1}
 Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 

@@ -191,7 +191,7 @@ class Run:
 
   def load_params(self, weights: str, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, all parameters), the trained ones from the checkpoint: `weights` is "ema" or "raw"."""
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh(sharding.DATA_PARALLEL)
     step, trained = self.load_trained(weights, mesh, step)
     return step, self.complete(trained, mesh)
 

@@ -52,7 +52,7 @@ def encoder(directory: str | Path, dtype: str, batch_size: int) -> tuple[Callabl
   """
   config = VAEConfig.from_dict(read_config(directory, "AutoencoderKL"))
   vae = Functional(lambda rngs: AutoencoderKL(config, dtype=jnp.dtype(dtype), rngs=rngs))
-  mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})
+  mesh = sharding.make_mesh(sharding.DATA_PARALLEL)
   sharding.check_batch(batch_size, 1, mesh)
   params = load_component(directory, vae)
   vae_hash = content_hash(params)
