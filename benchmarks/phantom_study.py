@@ -13,6 +13,7 @@ in every held-out cell. So every cell can be judged. Each run samples exactly th
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ import numpy as np
 from benchmarks import study_runs
 from benchmarks.study_runs import Budget, Study
 from compdiff_jax import cli
-from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.records import RecordSet
 from data_prep.dataset import write_dataset
 from data_prep.phantom import __main__ as phantom
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
   study_runs.add_arguments(parser)
   parser.add_argument("--quick", action="store_true", help="the size for two CPU cores")
   parser.add_argument("--real", type=_two_sizes, metavar="SEEN,HELD_OUT", help="real images to compare with, a cell")
+  parser.add_argument("--cells", type=_cells, default=HELD_OUT, metavar="SPEC", help="cells to hold out, joined by ;")
   args = parser.parse_args(argv)
   study_runs.chosen_methods(args)
   form = "quick" if args.quick else "full"
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
   images, seen, held_out = SIZES[form]
   if args.real:
     seen, held_out = args.real
-  prepare(args.out, images, seen, held_out)
+  prepare(args.out, images, seen, held_out, args.cells)
   on_cpu = args.quick or os.environ.get("JAX_PLATFORMS", "") == "cpu"
   study_runs.run(study, _MODULE, argv, args, on_cpu=on_cpu, title="Phantom study")
 
@@ -85,29 +86,38 @@ def _two_sizes(text: str) -> tuple[int, int]:
   return int(seen), int(held_out)
 
 
-def prepare(out: Path, images: int, seen: int, held_out: int) -> None:
+def _cells(text: str) -> tuple[str, ...]:
+  cells = [SCHEMA.parse_cell(part) for part in text.split(";")]
+  if any(len(cell) < len(SCHEMA.names) for cell in cells):
+    raise argparse.ArgumentTypeError(f"{text!r} has cells that do not name all of {', '.join(SCHEMA.names)}")
+  return tuple(SCHEMA.cell_name(cell) for cell in cells)
+
+
+def prepare(out: Path, images: int, seen: int, held_out: int, cells: Sequence[str] = HELD_OUT) -> None:
   """Draws the data and the reference, each once."""
   if not (out / "data" / "dataset_info.json").exists():
-    options = ["--num", images, "--size", IMAGE_SIZE, "--seed", _POPULATION, "--holdout", ";".join(HELD_OUT)]
+    options = ["--num", images, "--size", IMAGE_SIZE, "--seed", _POPULATION, "--holdout", ";".join(cells)]
     phantom.main(["--out", str(out / "data"), *map(str, options)])
+  if set(found := RecordSet(out / "data").held_out) != set(cells):
+    raise cli.InputError(f"{out} holds out {';'.join(found)}; go on with these (--cells) or a new --out")
   reference = out / "reference"
   if not (reference / "dataset_info.json").exists():
-    write_reference(reference, seen, held_out)
-  size = seen * (len(SCHEMA.cells()) - len(HELD_OUT)) + held_out * len(HELD_OUT)
+    write_reference(reference, seen, held_out, cells)
+  size = seen * (len(SCHEMA.cells()) - len(cells)) + held_out * len(cells)
   if (found := RecordSet(reference).splits["test"]) != size:
     raise cli.InputError(f"{reference} has {found} images and not {size}; go on with its sizes (--real) or a new --out")
 
 
-def write_reference(path: Path, seen: int, held_out: int, schema: Schema = SCHEMA) -> None:
+def write_reference(path: Path, seen: int, held_out: int, cells: Sequence[str] = HELD_OUT) -> None:
   """Real images of other patients than those of training: the first `seen` or `held_out` of a cell, one a patient."""
-  names = [schema.cell_name(cell) for cell in schema.cells()]
-  missing = {name: held_out if name in HELD_OUT else seen for name in names}
+  names = [SCHEMA.cell_name(cell) for cell in SCHEMA.cells()]
+  missing = {name: held_out if name in cells else seen for name in names}
   chosen, index = [], 0
   while any(missing.values()):
     if visit_of(_REFERENCE, index)[1] == 0:
       candidate = row(_REFERENCE, index)
-      levels = {a.name: int(a.levels(np.array([candidate["attributes"][a.name]]))[0]) for a in schema}
-      name = schema.cell_name(levels)
+      levels = {a.name: int(a.levels(np.array([candidate["attributes"][a.name]]))[0]) for a in SCHEMA}
+      name = SCHEMA.cell_name(levels)
       if missing[name]:
         missing[name] -= 1
         chosen.append(candidate)
@@ -115,7 +125,7 @@ def write_reference(path: Path, seen: int, held_out: int, schema: Schema = SCHEM
   write_dataset(
     path,
     name="phantom",
-    schema=schema,
+    schema=SCHEMA,
     examples=chosen,
     encode=PhantomImages(_REFERENCE, IMAGE_SIZE),
     description="Phantoms for comparison; no patient of these is in training.",

@@ -1,5 +1,6 @@
 """The phantom study's own arithmetic, reference and tables; the runs themselves are commands that other tests cover."""
 
+import argparse
 import csv
 import dataclasses
 import os
@@ -63,6 +64,8 @@ def test_a_study_goes_on_with_the_sizes_it_has(tmp_path):
   phantom_study.prepare(tmp_path, 400, 1, 2)
   with pytest.raises(cli.InputError, match="has 40 images and not 48"):
     phantom_study.prepare(tmp_path, 400, 1, 3)
+  with pytest.raises(cli.InputError, match=r"holds out age=18-40,sex=female,group=A;.* go on with these \(--cells\)"):
+    phantom_study.prepare(tmp_path, 400, 1, 2, phantom_study.HELD_OUT[1:])
 
 
 def test_a_study_goes_on_with_the_budget_it_has(tmp_path):
@@ -89,6 +92,10 @@ def test_reference_is_balanced_and_has_one_image_a_patient(tmp_path):
 
 def test_held_out_cells_are_balanced_and_every_pair_stays_in_training():
   held = [SCHEMA.parse_cell(text) for text in phantom_study.HELD_OUT]
+  other_sex = ";".join(SCHEMA.cell_name({**cell, "sex": 1 - cell["sex"]}) for cell in held)
+  assert not set(phantom_study._cells(other_sex)) & set(phantom_study.HELD_OUT)
+  with pytest.raises(argparse.ArgumentTypeError, match="do not name all of age, sex, group"):
+    phantom_study._cells("age=18-40,sex=male")
   seen = [cell for cell in SCHEMA.cells() if cell not in held]
   for a, b in (("age", "sex"), ("age", "group"), ("sex", "group")):
     assert len({(cell[a], cell[b]) for cell in seen}) == SCHEMA[a].num_levels * SCHEMA[b].num_levels
