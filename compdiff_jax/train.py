@@ -128,7 +128,8 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       given = origin.load_trained("ema", mesh)[1] if origin else None
       params = model.initial_params(jax.random.key(config.seed), config.weights, given)
       params = sharding.place(params, shardings.params)
-      state = jax.jit(create, out_shardings=shardings)(params)
+      state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+      del given, params  # the devices would keep a second copy as long as the run lasts
 
   # ---- Batches from this step on, and the compiled step
   placement = sharding.batch_sharding(mesh)
@@ -224,9 +225,15 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       if step % config.logging.sample_every == 0:
         with clock.paused(), out_of_memory_advice(config, "sampling"):
           checkpoints.wait()  # a sampler that fails must not take this step's checkpoint with it
-          draw = functools.partial(generate, model.assemble({**frozen, **state.ema}))
           text, negative = config.sample.text, config.sample.negative
-          picture = sample_grid(draw, schema, text, config.seed, f"step {step}: {text}", negative)
+          picture = sample_grid(
+            functools.partial(generate, model.assemble({**frozen, **state.ema})),  # no name: it goes with the picture
+            schema,
+            text,
+            config.seed,
+            f"step {step}: {text}",
+            negative,
+          )
           if distributed.is_writer():
             (args.workdir / "samples").mkdir(exist_ok=True)
             picture.save(args.workdir / "samples" / f"step_{step:06d}.png")

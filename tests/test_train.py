@@ -90,6 +90,28 @@ def test_sample_grids_appear_in_the_workdir(workspace, tmp_path):
   ]
 
 
+@pytest.mark.parametrize("init", [False, True])
+def test_devices_hold_the_state_once(workspace, trained, tmp_path, monkeypatch, init):
+  """Parameters, average and two moments: what the state was made from is gone when the steps begin."""
+  held = []
+
+  class Watched(train.StepClock):
+    def next(self, batches):
+      held.append(sum(array.nbytes for array in jax.live_arrays()))
+      return super().next(batches)
+
+  monkeypatch.setattr(train, "StepClock", Watched)
+  before = sum(array.nbytes for array in jax.live_arrays())
+  extra = [f"--config.init={trained}", "--config.weights.vae=", "--config.weights.tokenizer="] if init else []
+  workdir = tmp_path / "run"
+  train.main([*config_arguments(workspace), *extra, "--config.train.steps=4", f"--workdir={workdir}"])
+  run = open_run(workdir)
+  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+  frozen = size(run.model.load_frozen(run.config.weights))
+  trained_size = size(run.load_params("raw")[1]) - frozen
+  assert 4 <= (held[0] - before - frozen) / trained_size < 4.5
+
+
 def test_ema_is_the_closed_form_average(workspace, tmp_path):
   """The first update copies; the second gives ema = p1 + (1 - d)(p2 - p1) with d = min(decay, 2/11)."""
   workdir = tmp_path / "run"
