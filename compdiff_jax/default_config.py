@@ -118,6 +118,16 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "ema_power": 2 / 3,
     }
   )
+  # Read by compdiff train-vae alone; steps and rates are for fine-tuning, and unmeasured.
+  config.vae_training = ml_collections.ConfigDict(
+    {
+      "init": "",  # a diffusers VAE directory to fine-tune; "": random weights in the shape of a section `vae`
+      "steps": 10_000,
+      "batch_size": 16,
+      "learning_rate": 1e-5,
+      "kl": 1e-6,
+    }
+  )
 
   config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
   # (regex of "component.parameter", axes), first match wins; without a match the largest axis divisible by fsdp.
@@ -156,15 +166,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
 def tiny(config: ml_collections.ConfigDict, image_size: int) -> ml_collections.ConfigDict:
   """Networks small enough for two CPU cores, for 32 to 128 pixel images; trained from random weights."""
   config.data.image_size = image_size
-  config.vae_training = ml_collections.ConfigDict(
-    {
-      "steps": 600,
-      "batch_size": 16,
-      "learning_rate": 2e-3,
-      "kl": 1e-3,
-      "init": "",  # a diffusers VAE directory to fine-tune instead of starting from `vae`
-    }
-  )
+  config.vae_training.update(steps=600, learning_rate=2e-3, kl=1e-3)
   config.vae = ml_collections.ConfigDict(
     {
       "in_channels": 3,

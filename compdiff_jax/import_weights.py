@@ -40,7 +40,10 @@ _FROZEN = {"vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
 _SECONDS_TO_REMOVE = 10.0
 
 # The sections of a config that say how to train, which an imported model cannot tell.
-_TRAINING = ("seed", "init", "loss", "fairness", "dropout", "train", "mesh", "sharding_rules", "logging")
+_TRAINING = (
+  *("seed", "init", "loss", "fairness", "dropout", "train", "vae_training"),
+  *("mesh", "sharding_rules", "logging"),
+)
 
 
 def main(argv: list[str]) -> None:

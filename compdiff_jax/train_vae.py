@@ -40,6 +40,11 @@ def main(argv: list[str]) -> None:
   args, overrides = parser.parse_known_args(argv)
   config = load_config(args.config, overrides)
   settings = config.vae_training
+  if not settings.init and "vae" not in config:
+    raise cli.InputError(
+      f"{args.config} has no section vae, the shape of an autoencoder from random weights; set"
+      " config.vae_training.init to a diffusers VAE directory to fine-tune, or add the section"
+    )
 
   # ---- Data and network
   sets = open_training_sets(config.data)

@@ -41,10 +41,10 @@ SOURCE_FILE = "source.json"
 # Sections without which a config.json is not that of a run.
 _SECTIONS = ("data", "weights", "scheduler", "conditioner", "sample")
 
-# These keys say how a run reads and reports, where its inputs lie (which are known by their content) and what hardware
-# it runs on, not what it computes; they may change when it is resumed.
+# These keys say how a run reads and reports, where its inputs lie (which are known by their content), what hardware it
+# runs on and how its autoencoder was trained, not what it computes; they may change when it is resumed.
 _FREE = (
-  *("logging.", "sample.", "data.path", "data.threads", "data.workers", "weights."),
+  *("logging.", "sample.", "data.path", "data.threads", "data.workers", "weights.", "vae_training."),
   *("mesh.", "sharding_rules", "remat", "attention", "train.accumulation"),
 )
 

@@ -67,6 +67,8 @@ def test_stable_diffusion(tmp_path, tokenizer, dtype, saving, options):
     toy_models.assert_params(params[name], model.state_dict())
   assert run.model.schedule.prediction_type == "v_prediction" and run.config.sample.sampler == "pndm"
   assert (run.model.image_size, run.model.schema.names) == (32, ())
+  stored = json.loads((tmp_path / "run" / "config.json").read_text())
+  assert "sample" in stored and not {"train", "vae_training"} & stored.keys()
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

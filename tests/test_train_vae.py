@@ -1,4 +1,4 @@
-"""The autoencoder's training command where the data set is unusual; tests/conftest.py runs it on the usual one."""
+"""The autoencoder's training command in unusual cases; tests/conftest.py runs it on the usual one."""
 
 import json
 import shutil
@@ -8,10 +8,12 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PATIENCE, config_arguments
+from conftest import PATIENCE, REPOSITORY, config_arguments
+from safetensors.numpy import load_file
 
 from compdiff_jax import train_vae
 from compdiff_jax.data.records import RecordSet, decode_image
+from compdiff_jax.interop.weights import read_config
 from data_prep.dataset import write_dataset
 from data_prep.phantom.population import SCHEMA, PhantomImages, row
 
@@ -33,6 +35,21 @@ def test_data_without_a_validation_split(workspace, tmp_path):
   train_vae.main(arguments)
   report = json.loads((tmp_path / "vae" / "training.json").read_text())
   assert report["train_error_grey_levels"] > 0 and "val_error_grey_levels" not in report
+
+
+def test_fine_tuning_with_a_config_of_real_data(workspace, tmp_path, fails):
+  """Such a config describes no VAE: the shape comes from the one that is fine-tuned, or there is none."""
+  arguments = [f"--config={REPOSITORY / 'configs/chest/compdiff.py'}", f"--out={tmp_path / 'vae'}"]
+  message = fails(train_vae.main, *arguments)
+  assert "no section vae" in message and "set config.vae_training.init" in message and not (tmp_path / "vae").exists()
+  data = [f"--config.data.path={workspace / 'data'}", "--config.data.image_size=32"]
+  settings = [f"--config.vae_training.{name}" for name in (f"init={workspace / 'vae'}", "steps=2", "batch_size=8")]
+  train_vae.main([*arguments, *data, *settings])
+  shapes, tuned = (read_config(path / "vae", "AutoencoderKL") for path in (workspace, tmp_path))
+  assert tuned | {"scaling_factor": 0} == shapes | {"scaling_factor": 0}
+  before, after = (load_file(path / "vae" / "diffusion_pytorch_model.safetensors") for path in (workspace, tmp_path))
+  for name, value in before.items():
+    np.testing.assert_allclose(after[name], value, rtol=0, atol=1e-4, err_msg=name)  # steps of at most 1e-5 each
 
 
 def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypatch):
