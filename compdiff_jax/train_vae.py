@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
     workers=config.data.workers,
   )
   batches = device_batches(batches, sharding.batch_sharding(mesh), settings.batch_size)
-  key = jax.random.key(config.seed)
-  params = load_component(settings.init, vae) if settings.init else vae.init(key)
+  init_key, noise_key = jax.random.split(jax.random.key(config.seed))
+  params = load_component(settings.init, vae) if settings.init else vae.init(init_key)
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adam(optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.steps // 20, settings.steps)),
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
   def step_fn(state, images, step):
     params, opt_state = state
     images = images.astype(jnp.float32) / 127.5 - 1.0
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, images, jax.random.fold_in(key, step))
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, images, jax.random.fold_in(noise_key, step))
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), metrics
 

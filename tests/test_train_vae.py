@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 from compdiff_jax import train_vae
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.interop.weights import read_config
+from compdiff_jax.models.functional import Functional
 from data_prep.dataset import write_dataset
 from data_prep.phantom.population import SCHEMA, PhantomImages, row
 
@@ -84,6 +86,31 @@ def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypa
   np.testing.assert_array_equal(originals, wanted)
   np.testing.assert_array_equal(decoded, wanted)
   assert spread == pytest.approx((wanted / 127.5 - 1).std(), rel=1e-4)
+
+
+def test_noise_and_initial_weights_have_keys_of_their_own(workspace, tmp_path, monkeypatch):
+  """Both are counted: with one key the noise of step k would be drawn as the k-th parameter was."""
+
+  class Drawn(Exception):
+    pass
+
+  keys, init, fold_in = [], Functional.init, jax.random.fold_in
+
+  def note_init(self, key):
+    keys.append(key)
+    return init(self, key)
+
+  def note_noise(key, count):
+    if isinstance(count, jax.core.Tracer):  # the number of the step
+      raise Drawn(key)
+    return fold_in(key, count)
+
+  monkeypatch.setattr(Functional, "init", note_init)
+  monkeypatch.setattr(jax.random, "fold_in", note_noise)
+  with pytest.raises(Drawn) as noise:
+    train_vae.main([*config_arguments(workspace), f"--out={tmp_path / 'vae'}"])
+  (weights,) = keys
+  assert not np.array_equal(*(jax.random.key_data(key) for key in (weights, noise.value.args[0])))
 
 
 def test_a_loss_that_diverges_ends_the_run_in_one_line(workspace, tmp_path):
