@@ -24,7 +24,7 @@ from compdiff_jax import cli, sharding
 from compdiff_jax.config import load_config
 from compdiff_jax.data.input_pipeline import device_batches, open_training_sets, training_batches
 from compdiff_jax.data.records import RecordSet
-from compdiff_jax.interop.weights import load_component, read_config, save_component
+from compdiff_jax.interop.weights import load_component, read_config, write_component
 from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     f"{shown}_error_grey_levels": error,
   }
   with cli.whole_directory(out) as directory, cli.writing(out):
-    save_component(directory, vae_config.to_dict(), params, "AutoencoderKL")
+    write_component(directory, vae_config.to_dict(), params, "AutoencoderKL")
     picture = np.concatenate([np.concatenate(list(images[:_SHOWN]), 1) for images in (originals, reconstructions)])
     Image.fromarray(picture).save(directory / "reconstructions.png")
     (directory / "training.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -12,7 +12,7 @@ import pytest
 from conftest import PATIENCE, REPOSITORY, config_arguments
 from safetensors.numpy import load_file
 
-from compdiff_jax import train_vae
+from compdiff_jax import cli, train_vae
 from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.interop.weights import read_config
 from compdiff_jax.models.functional import Functional
@@ -111,6 +111,23 @@ def test_noise_and_initial_weights_have_keys_of_their_own(workspace, tmp_path, m
     train_vae.main([*config_arguments(workspace), f"--out={tmp_path / 'vae'}"])
   (weights,) = keys
   assert not np.array_equal(*(jax.random.key_data(key) for key in (weights, noise.value.args[0])))
+
+
+def test_a_second_run_leaves_the_files_of_the_first_alone(workspace, tmp_path, monkeypatch):
+  """What nobody holds a lock on is removed as left over from a killed run."""
+
+  class Looked(Exception):
+    pass
+
+  def second_run(_):
+    with pytest.raises(Looked), cli.whole_directory(tmp_path / "vae"):
+      raise Looked
+    raise Looked(*tmp_path.glob(".vae.partial-*/config.json"))
+
+  monkeypatch.setattr(train_vae.Image, "fromarray", second_run)
+  with pytest.raises(Looked) as error:
+    train_vae.main([*config_arguments(workspace), f"--out={tmp_path / 'vae'}"])
+  assert len(error.value.args) == 1
 
 
 def test_a_loss_that_diverges_ends_the_run_in_one_line(workspace, tmp_path):
