@@ -8,6 +8,7 @@ so that latents have unit standard deviation, as in that paper's appendix G.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -134,16 +135,16 @@ def reconstruct(
   sources = [(records.split(split), weight / sum(weight for _, weight in sets)) for records, weight in sets]
   chosen = [(source, i) for source, share in sources for i in range(min(round(share * _MEASURED), len(source)))]
   images = np.stack([source.decode(i, source[i], image_size) for source, i in chosen])
-
-  @jax.jit
-  def pass_through(batch):
-    moments = vae(params, batch / 127.5 - 1.0, method="encode")
-    return moments, vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")
-
-  # Single images, so that one program serves every split.
-  # One image at a time: memory stays small at 512 px.
-  results = [jax.device_get(pass_through(image[None].astype(np.float32))) for image in images]
+  # One image at a time: memory stays small at 512 px, and one program serves every split.
+  results = [jax.device_get(_pass_through(vae, params, image[None].astype(np.float32))) for image in images]
   moments, decoded = (np.concatenate(part) for part in zip(*results))
   mean, log_variance = np.split(moments, 2, axis=-1)
   reconstructions = np.clip(np.round(decoded * 127.5 + 127.5), 0, 255).astype(np.uint8)
   return images, reconstructions, float(np.sqrt(mean.var() + np.exp(log_variance).mean()))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pass_through(vae: Functional, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Grey levels [B, S, S, 3] to the moments and to what the means decode to, in [-1, 1]."""
+  moments = vae(params, images / 127.5 - 1.0, method="encode")
+  return moments, vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")

@@ -74,11 +74,15 @@ def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypa
   )
 
   # What is measured is a quarter of the one and three quarters of the other, as far as there are images.
+  traced = []
+
   def stub(params, batch, method):
+    traced.append((method, isinstance(params["weight"], jax.core.Tracer)))
     return jnp.concatenate([batch, jnp.full_like(batch, -30.0)], axis=-1) if method == "encode" else batch
 
   records = RecordSet(workspace / "data")
-  originals, decoded, spread = train_vae.reconstruct(stub, None, [(records, 1.0), (records, 3.0)], "train", 32)
+  params = {"weight": jnp.ones([])}
+  originals, decoded, spread = train_vae.reconstruct(stub, params, [(records, 1.0), (records, 3.0)], "train", 32)
   count = records.splits["train"]
   wanted = np.stack(
     [decode_image(records.split("train")[i]["image"], 32) for i in [*range(64), *range(min(192, count))]]
@@ -86,6 +90,8 @@ def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypa
   np.testing.assert_array_equal(originals, wanted)
   np.testing.assert_array_equal(decoded, wanted)
   assert spread == pytest.approx((wanted / 127.5 - 1).std(), rel=1e-4)
+  train_vae.reconstruct(stub, params, [(records, 1.0)], "val", 32)
+  assert traced == [("encode", True), ("decode", True)]  # one program for all splits, with the weights as arguments
 
 
 def test_noise_and_initial_weights_have_keys_of_their_own(workspace, tmp_path, monkeypatch):
