@@ -23,7 +23,7 @@ from compdiff_jax.evaluation import alignment, features, groups, image_sets
 from compdiff_jax.evaluation.image_sets import ImageSet
 from compdiff_jax.interop.weights import load_component, read_config
 from compdiff_jax.models.functional import Functional
-from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig, denormalize_pixels, normalize_pixels
 
 EXTRACTOR = "radiomics"
 LOSSES = "losses.npy"  # of a run: those of `study_loss`
@@ -112,11 +112,10 @@ def reproduction(directory: Path) -> Callable[[np.ndarray], np.ndarray]:
 
   @jax.jit
   def pass_through(batch):
-    moments = vae(params, batch / 127.5 - 1.0, method="encode")
-    decoded = vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")
-    return jnp.clip(jnp.round(decoded * 127.5 + 127.5), 0, 255)
+    moments = vae(params, normalize_pixels(batch), method="encode")
+    return denormalize_pixels(vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode"))
 
-  return lambda images: features.in_batches(pass_through, images.astype(np.float32)).astype(np.uint8)
+  return lambda images: features.in_batches(pass_through, images).astype(np.uint8)
 
 
 def _rows(columns: Mapping[str, np.ndarray], mask: np.ndarray) -> dict[str, np.ndarray]:

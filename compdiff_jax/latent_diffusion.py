@@ -19,7 +19,7 @@ from compdiff_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.lora import LoRA
 from compdiff_jax.models.unet import UPCAST, UNet2DCondition, UNetConfig
-from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig, denormalize_pixels, normalize_pixels, sample_posterior
 
 # {component: {dotted parameter name: array}}
 Params = Mapping[str, Mapping[str, jax.Array]]
@@ -208,18 +208,15 @@ class LatentDiffusion:
 
   def moments(self, params: Params, images: jax.Array) -> jax.Array:
     """The VAE's posterior, mean and log-variance: images uint8 [B, H, W, 3] -> [B, h, w, 2c]."""
-    return self.vae(params["vae"], images.astype(jnp.float32) / 127.5 - 1.0, method="encode")
+    return self.vae(params["vae"], normalize_pixels(images), method="encode")
 
   def latents(self, moments: jax.Array, noise: jax.Array) -> jax.Array:
     """A posterior sample, scaled for diffusion: moments [B, h, w, 2c], noise [B, h, w, c] -> float32 [B, h, w, c]."""
-    moments = moments.astype(jnp.float32)
-    mean, log_variance = jnp.split(moments, 2, axis=-1)
-    return (mean + jnp.exp(0.5 * log_variance) * noise) * self.vae_config.scaling_factor
+    return sample_posterior(moments.astype(jnp.float32), noise) * self.vae_config.scaling_factor
 
   def decode(self, params: Params, latents: jax.Array) -> jax.Array:
     """Latents [B, h, w, c] -> images uint8 [B, H, W, 3]."""
-    images = self.vae(params["vae"], latents / self.vae_config.scaling_factor, method="decode").astype(jnp.float32)
-    return jnp.round(jnp.clip(images / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+    return denormalize_pixels(self.vae(params["vae"], latents / self.vae_config.scaling_factor, method="decode"))
 
   def context(
     self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None

@@ -28,7 +28,7 @@ from compdiff_jax.data.records import RecordSet
 from compdiff_jax.interop.weights import load_component, read_config, write_component
 from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
-from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig, denormalize_pixels, normalize_pixels
 
 _SHOWN = 8  # images in the reconstruction picture
 _MEASURED = 256  # images that the scaling factor and the validation error are measured on
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
 
   def step_fn(state, images, step):
     params, opt_state = state
-    images = images.astype(jnp.float32) / 127.5 - 1.0
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, images, jax.random.fold_in(noise_key, step))
+    images, key = normalize_pixels(images), jax.random.fold_in(noise_key, step)
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params, images, key)
     updates, opt_state = optimizer.update(grads, opt_state, params)
     return (optax.apply_updates(params, updates), opt_state), metrics
 
@@ -136,15 +136,14 @@ def reconstruct(
   chosen = [(source, i) for source, share in sources for i in range(min(round(share * _MEASURED), len(source)))]
   images = np.stack([source.decode(i, source[i], image_size) for source, i in chosen])
   # One image at a time: memory stays small at 512 px, and one program serves every split.
-  results = [jax.device_get(_pass_through(vae, params, image[None].astype(np.float32))) for image in images]
-  moments, decoded = (np.concatenate(part) for part in zip(*results))
+  results = [jax.device_get(_pass_through(vae, params, image[None])) for image in images]
+  moments, reconstructions = (np.concatenate(part) for part in zip(*results))
   mean, log_variance = np.split(moments, 2, axis=-1)
-  reconstructions = np.clip(np.round(decoded * 127.5 + 127.5), 0, 255).astype(np.uint8)
   return images, reconstructions, float(np.sqrt(mean.var() + np.exp(log_variance).mean()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pass_through(vae: Functional, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Grey levels [B, S, S, 3] to the moments and to what the means decode to, in [-1, 1]."""
-  moments = vae(params, images / 127.5 - 1.0, method="encode")
-  return moments, vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode")
+  """Images uint8 [B, S, S, 3] to the moments and to what their means decode to, uint8 as well."""
+  moments = vae(params, normalize_pixels(images), method="encode")
+  return moments, denormalize_pixels(vae(params, jnp.split(moments, 2, axis=-1)[0], method="decode"))

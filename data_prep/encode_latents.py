@@ -36,7 +36,7 @@ from compdiff_jax.interop.weights import load_component, read_config
 from compdiff_jax.latent_diffusion import DTYPES
 from compdiff_jax.metrics import Progress
 from compdiff_jax.models.functional import Functional
-from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
+from compdiff_jax.models.vae import AutoencoderKL, VAEConfig, normalize_pixels
 from compdiff_jax.workdir import content_hash
 from data_prep import checksums
 
@@ -60,7 +60,7 @@ def encoder(directory: str | Path, dtype: str, batch_size: int) -> tuple[Callabl
 
   @functools.partial(jax.jit, out_shardings=sharding.batch_sharding(mesh))
   def moments(params, images):
-    return vae(params, images.astype(jnp.float32) / 127.5 - 1.0, method="encode").astype(jnp.bfloat16)
+    return vae(params, normalize_pixels(images), method="encode").astype(jnp.bfloat16)
 
   def encode(images: np.ndarray) -> np.ndarray:
     padded = np.concatenate([images, np.zeros([batch_size - len(images), *images.shape[1:]], np.uint8)])

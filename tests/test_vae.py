@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch_parity
 from diffusers import AutoencoderKL as TorchAutoencoderKL
+from diffusers.image_processor import VaeImageProcessor
 from network_configs import PUBLISHED, SD21, TINY_MEMORY, VAES
+from PIL import Image
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.models import AutoencoderKL, Functional, VAEConfig
+from compdiff_jax.models.vae import denormalize_pixels, normalize_pixels
 
 # Image height and width of each toy, one size each: tests share the compiled programs.
 SIZES = {"SD style": (19, 13), "one level": (6, 5), "options": (9, 10)}
@@ -117,6 +120,17 @@ def test_bfloat16_compute_gives_float32_moments():
   images, noise = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1, 4, 4, 3))
   decoded, moments = jax.eval_shape(half, half.shapes, images, noise)
   assert (decoded.dtype, moments.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_pixels_equal_diffusers():
+  processor = VaeImageProcessor(do_resize=False)
+  levels = np.arange(3 * 256).astype(np.uint8).reshape(1, 16, 16, 3)  # each of the 256 three times
+  theirs = torch_parity.nhwc(processor.preprocess(Image.fromarray(levels[0])))
+  np.testing.assert_allclose(normalize_pixels(levels), theirs, rtol=0, atol=1e-6)
+  np.testing.assert_array_equal(denormalize_pixels(normalize_pixels(levels)), levels)
+  decoded = torch_parity.normal(1, 16, 16, 3)  # beyond [-1, 1], too
+  (picture,) = processor.postprocess(torch_parity.nchw(decoded), "pil")
+  np.testing.assert_array_equal(denormalize_pixels(jnp.asarray(decoded))[0], np.asarray(picture))
 
 
 def test_full_size():

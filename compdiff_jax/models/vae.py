@@ -249,6 +249,16 @@ def sample_posterior(moments: jax.Array, noise: jax.Array) -> jax.Array:
   return mean + jnp.exp(0.5 * logvar) * noise
 
 
+def normalize_pixels(images: jax.Array) -> jax.Array:
+  """Grey levels 0 to 255, of any type, -> float32 in [-1, 1] (diffusers `VaeImageProcessor.normalize`)."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def denormalize_pixels(images: jax.Array) -> jax.Array:
+  """Images, about [-1, 1], -> grey levels uint8, rounded (diffusers `VaeImageProcessor.postprocess`)."""
+  return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0) * 255).astype(jnp.uint8)
+
+
 def _constructors(config: VAEConfig, dtype, rngs: nnx.Rngs):
   """What the encoder and the decoder build alike: `resnet`, `attention` (or None) and the common arguments."""
   typed = {"dtype": dtype, "rngs": rngs}
