@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.linear_reader import LinearReader
+from compdiff_jax.cli import write_whole
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.evaluation import alignment, features, groups, image_sets
 from compdiff_jax.evaluation.image_sets import ImageSet
@@ -138,9 +139,7 @@ def measure_all(out: Path, reference: Path, methods: Sequence[str], seeds: Seque
       if not path.exists():
         run = out / "runs" / f"{method}-{seed}"
         synthetic, losses = image_sets.load(run / "samples"), np.load(run / LOSSES)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(yardstick.measure(synthetic.take(order), losses[order]), indent=1))
-        temporary.replace(path)
+        write_whole(path, json.dumps(yardstick.measure(synthetic.take(order), losses[order]), indent=1))
       runs[method][seed] = json.loads(path.read_text())
   held_out = [yardstick.schema.cell_name(cell) for cell in yardstick.held_out]
   return {

@@ -118,7 +118,7 @@ def writing(path: str | Path):
 def write_whole(path: Path, text: str) -> None:
   """Writes a small file under a temporary name and renames it."""
   temporary = path.with_name(f".{path.name}.part")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8")
   temporary.replace(path)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from compdiff_jax.cli import write_whole
+
 
 class MetricWriter:
   """Writes one JSON line per report to `<workdir>/metrics.jsonl`; rows after `start_step` are dropped on resume.
@@ -21,9 +23,7 @@ class MetricWriter:
   def __init__(self, workdir: Path, start_step: int):
     self._path = Path(workdir) / "metrics.jsonl"
     kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-    temporary = self._path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    temporary.replace(self._path)
+    write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
     self._file = self._path.open("a")
     self._tensorboard = _tensorboard_writer(Path(workdir) / "tensorboard")
 

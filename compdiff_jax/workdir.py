@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from compdiff_jax import default_config, sharding
 from compdiff_jax.checkpoint import Checkpoints, has_checkpoint
-from compdiff_jax.cli import InputError, writing
+from compdiff_jax.cli import InputError, write_whole, writing
 from compdiff_jax.conditioning.family import CONFIGS
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import differences, to_plain
@@ -130,9 +130,7 @@ def description(config: ml_collections.ConfigDict, schema: Schema, frozen_hashes
 def write_json(directory: Path, files: Mapping[str, Any]) -> None:
   """Writes each `<name>.json`, whole or not at all."""
   for name, value in files.items():
-    temporary = directory / f".{name}.json"
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(directory / f"{name}.json")
+    write_whole(directory / f"{name}.json", json.dumps(value, indent=2) + "\n")
 
 
 def _completed(values: Any, workdir: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import csv
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compdiff_jax.cli import InputError, nearest, writing
+from compdiff_jax.cli import InputError, nearest, write_whole, writing
 from compdiff_jax.conditioning.schema import Attribute, Schema, Value
 from compdiff_jax.data.csv_file import iterate_csv
 from compdiff_jax.data.records import RecordSet
@@ -89,17 +90,16 @@ def write_plan(path: str | Path, rows: Sequence[PlanRow], schema: Schema) -> Non
   if path.exists():
     raise InputError(f"{path} exists; give a new file name or remove it first")
   named, negative = any(row.id for row in rows), any(row.negative for row in rows)
-  temporary = path.with_name(f".{path.name}.partial")
+  table = io.StringIO()
+  writer = csv.writer(table, lineterminator="\n")
+  writer.writerow([*(["id"] if named else []), "text", *schema.names, "seed", *(["negative"] if negative else [])])
+  for row in rows:
+    values = [a.decode(row.attributes[a.name]) for a in schema]
+    optional = [row.negative] if negative else []
+    writer.writerow([*([row.id] if named else []), row.text, *values, row.seed, *optional])
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-      writer = csv.writer(file, lineterminator="\n")
-      writer.writerow([*(["id"] if named else []), "text", *schema.names, "seed", *(["negative"] if negative else [])])
-      for row in rows:
-        values = [a.decode(row.attributes[a.name]) for a in schema]
-        optional = [row.negative] if negative else []
-        writer.writerow([*([row.id] if named else []), row.text, *values, row.seed, *optional])
-    temporary.replace(path)
+    write_whole(path, table.getvalue())
 
 
 def balanced_plan(

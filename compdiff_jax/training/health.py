@@ -14,7 +14,7 @@ from typing import IO
 import jax
 from jax.experimental import multihost_utils
 
-from compdiff_jax.cli import LostError
+from compdiff_jax.cli import LostError, write_whole
 
 
 class Preemption:
@@ -120,9 +120,7 @@ class Heartbeat:
       "seconds_since_step": round(time.monotonic() - self._last, 1),
       "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    temporary = self._path.with_suffix(".tmp")
     try:
-      temporary.write_text(json.dumps(content) + "\n")
-      temporary.replace(self._path)
+      write_whole(self._path, json.dumps(content) + "\n")
     except OSError as error:  # a full disk must not end a run through its heartbeat
       self._say(f"cannot write {self._path}: {error.strerror or error}")
