@@ -8,6 +8,7 @@ a pass and compares a node that no token was made from.
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from compdiff_jax.conditioning.interface import ConditionerOutput
 
@@ -35,8 +36,7 @@ def cosine_similarity(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   """-log softmax(logits)[target] in nats: [..., K], int [...] -> [...]. A target of -1 gives a number to be masked."""
-  log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-  return -jnp.take_along_axis(log_probabilities, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+  return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
 
 
 # How a classifier over ordered levels may be judged.
@@ -62,12 +62,6 @@ def ordinal_loss(logits: jax.Array, targets: jax.Array, loss: str, sigma: float)
   return nats
 
 
-def smooth_l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  """d^2 / 2 where |d| < 1, else |d| - 1/2, elementwise (torch.nn.functional.smooth_l1_loss with beta 1)."""
-  distance = jnp.abs(prediction - target)
-  return jnp.where(distance < 1, 0.5 * distance**2, distance - 0.5)
-
-
 def _label_mean(values: jax.Array) -> jax.Array:
   """[B] as it is; [B, L] -> [B]."""
   return values.reshape(len(values), -1).mean(-1)
@@ -79,8 +73,8 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
   Returns:
     "kl": KL of the latent to N(0, I), summed over its width. Without a latent this is |h|^2 / 2.
     "composition": 1 - cos(h, sum of the embeddings).
-    "aux_<name>": cross-entropy of a classifier on its token (over labels the mean), or 10 smooth L1 of a regressor on
-      its own; weight 0 where the attribute is unknown.
+    "aux_<name>": cross-entropy of a classifier on its token (over labels the mean), or 10 times the smooth L1 (Huber)
+      loss of a regressor on its own; weight 0 where the attribute is unknown.
     "acc_<name>": 1 where that classifier is right, else 0 (over labels the mean); same weight; a metric, not a loss.
     "mae_<name>": distance of that regressor in the attribute's unit; same weight; a metric, not a loss.
     The penalties of the output under their own names.
@@ -101,7 +95,7 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
     known = target == target  # NaN is the only x != x; it must not reach the loss, where 0 times NaN is NaN
     target = jnp.where(known, target, 0)
     known = known.astype(jnp.float32)
-    terms[f"aux_{name}"] = (_REGRESSION_SCALE * smooth_l1(prediction, target), known)
+    terms[f"aux_{name}"] = (_REGRESSION_SCALE * optax.huber_loss(prediction, target), known)
     terms[f"mae_{name}"] = (jnp.abs(prediction - target) * span, known)
   for name, values in (output.penalties or {}).items():
     terms[name] = (values, weight)
