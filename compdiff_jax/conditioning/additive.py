@@ -76,9 +76,7 @@ def _pair_rows(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
 
 
 class Additive(nnx.Module):
-  """The additive conditioner. Members and batch layout: `conditioning.interface`."""
-
-  num_tokens = 1
+  """The additive conditioner. Call and batch layout: `conditioning.interface`."""
 
   def __init__(self, config: AdditiveConfig, schema: Schema, *, rngs: nnx.Rngs):
     self.config = config

@@ -83,13 +83,12 @@ def _linear(d_in: int, d_out: int, rngs: nnx.Rngs) -> Dense:
 
 
 class Flat(nnx.Module):
-  """The flat encoder. Members and batch layout: `conditioning.interface`."""
+  """The flat encoder. Call and batch layout: `conditioning.interface`."""
 
   def __init__(self, config: FlatConfig, schema: Schema, *, rngs: nnx.Rngs):
     self.config = config
     self.schema = config.select(schema)
     names, d_node = self.schema.names, config.d_node
-    self.num_tokens = 1 if config.mode == "single" else len(names)
     blocks.add_tables(self, self.schema, d_node, config.represents_unknown, rngs)
     if config.mode == "single":
       widen = _linear(len(names) * d_node, 2 * d_node, rngs)

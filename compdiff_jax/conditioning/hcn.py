@@ -67,9 +67,7 @@ class HCNConfig(ConditionerConfig):
 
 
 class HCN(nnx.Module):
-  """HCN v1. Members and batch layout: `conditioning.interface`."""
-
-  num_tokens = 1
+  """HCN v1. Call and batch layout: `conditioning.interface`."""
 
   def __init__(self, config: HCNConfig, schema: Schema, *, rngs: nnx.Rngs):
     self.config = config

@@ -1,9 +1,8 @@
 """What every conditioner is: from a batch of attributes to cross-attention tokens, and what its losses need.
 
 A conditioner is an NNX module that its config builds. The training step, the sampler and the export know nothing else
-about it, so a new conditioner is a new config and module with the same two members:
+about it, so a new conditioner is a new config and a module that is called alike:
 
-  num_tokens                        T, how many tokens follow the text tokens in the context
   __call__(attributes, keys=None)   -> ConditionerOutput
 
 `attributes` is a batch as `schema` describes it; it may hold more attributes than the conditioner uses. `keys` are
@@ -43,7 +42,7 @@ class ConditionerOutput(NamedTuple):
   """Tokens and the intermediate values that the losses read. A field that a conditioner has no use for is None.
 
   Attributes:
-    tokens: [B, T, d_ctx], appended to the text tokens.
+    tokens: [B, T, d_ctx], appended to the text tokens; T may be 0.
     time_vector: [B, D], added to the UNet's time embedding.
     film: (gamma, beta) of each residual block of the UNet in the order of its forward pass, [B, C] each.
     mu: [B, d], mean of the latent.
@@ -74,9 +73,7 @@ class ConditionerOutput(NamedTuple):
 
 
 class Conditioner(Protocol):
-  """The members listed at the top of this file, for type checkers and readers."""
-
-  num_tokens: int
+  """The call described at the top of this file, for type checkers and readers."""
 
   def __call__(self, attributes: Attributes, *, keys: jax.Array | None = None) -> ConditionerOutput: ...
 

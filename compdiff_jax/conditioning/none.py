@@ -33,8 +33,6 @@ class NoConditionerConfig(ConditionerConfig):
 class NoConditioner(nnx.Module):
   """Zero tokens, no parameters, no losses."""
 
-  num_tokens = 0
-
   def __init__(self, config: NoConditionerConfig):
     self.config = config
 

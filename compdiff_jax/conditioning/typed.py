@@ -124,7 +124,7 @@ class TypedConfig(ConditionerConfig):
 
 
 class Typed(nnx.Module):
-  """The typed conditioner. Members and batch layout: `conditioning.interface`."""
+  """The typed conditioner. Call and batch layout: `conditioning.interface`."""
 
   def __init__(self, config: TypedConfig, schema: Schema, *, rngs: nnx.Rngs):
     self.config = config
@@ -133,8 +133,6 @@ class Typed(nnx.Module):
     for name in _RESERVED:
       if name in names:
         raise InputError(f"conditioner: attribute {name!r} has the name of a part of the network; rename it")
-    count = 1 + config.num_registers + (len(names) if config.multi_token else 0)
-    self.num_tokens = count if config.tokens else 0
     for attribute in self.schema:
       self._add_encoder(attribute, rngs)
     COMPOSERS[config.composer].add(self, names, config, rngs)
@@ -207,7 +205,7 @@ class Typed(nnx.Module):
       tokens = jnp.where(conditioned[:, None, None], tokens, 0)
       time_vector = None if time_vector is None else jnp.where(conditioned[:, None], time_vector, 0)
     return ConditionerOutput(
-      tokens=tokens[:, : self.num_tokens],
+      tokens=tokens if config.tokens else tokens[:, :0],
       time_vector=time_vector,
       film=self.film(z, conditioned) if config.film_channels else None,
       mu=mu,
