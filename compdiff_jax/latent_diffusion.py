@@ -236,7 +236,3 @@ class LatentDiffusion:
     # A conditioner without attributes does not know the size of the batch.
     tokens = jnp.broadcast_to(output.tokens, (len(text), *output.tokens.shape[1:]))
     return Context(jnp.concatenate([text, tokens.astype(text.dtype)], axis=1), output.time_vector, output.film), output
-
-  def unconditional_context(self, params: Params, input_ids: jax.Array) -> Context:
-    """The negative or empty prompt together with "every attribute unknown"."""
-    return self.context(params, input_ids, self.schema.unknown(len(input_ids)))[0]

@@ -13,7 +13,7 @@ import torch
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion import trajectory
-from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.diffusion.guidance import composed_guidance
 from compdiff_jax.diffusion.samplers import Sampler, make_table
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop.schedulers import to_diffusers
@@ -85,16 +85,17 @@ class Pictures:
 
     @jax.jit
     def contexts(params, ids, negative_ids, attributes):
-      return model.context(params, ids, attributes)[0], model.unconditional_context(params, negative_ids)
+      unknown = schema.unknown(len(ids))
+      return model.context(params, negative_ids, unknown)[0], model.context(params, ids, attributes)[0]
 
-    def predict(scale_and_rescale, params, contexts, sample, timesteps):
+    def predict(rescale, params, contexts, sample, timesteps):
       unet = lambda sample, timesteps, context: model.unet(params, sample, timesteps, *context)  # noqa: E731
-      return classifier_free_guidance(unet, *contexts, *scale_and_rescale)(sample, timesteps)
+      return composed_guidance(unet, contexts, [(1, 0, GUIDANCE)], rescale)(sample, timesteps)
 
     both = contexts(params, tokenizer(prompts), tokenizer([NEGATIVE] * len(SEEDS)), encoded)
     self._predict = {
       rescale: jax.jit(
-        functools.partial(predict, (GUIDANCE, rescale)),
+        functools.partial(predict, rescale),
         compiler_options={"xla_llvm_disable_expensive_passes": True},
       )
       for rescale in {case[2] for case in CASES}

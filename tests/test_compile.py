@@ -85,9 +85,10 @@ def test_a_sampler_is_as_many_networks_as_its_steps(setting):
   params = {name: model.component(name).shapes for name in ("unet", "vae", "text_encoder", "conditioner")}
   ids = shape((12, model.text_config.max_position_embeddings), jnp.int32)
   latents = shape((12, *model.latent_shape), jnp.float32)
-  context = jax.eval_shape(model.unconditional_context, params, ids)
+  contexts = lambda params, ids: model.context(params, ids, model.schema.unknown(12))[0]  # noqa: E731
+  context = jax.eval_shape(contexts, params, ids)
   unet = count_flops(model.unet, params["unet"], latents, shape((12,), jnp.float32), *context)
-  text = count_flops(model.unconditional_context, params, ids)
+  text = count_flops(contexts, params, ids)
   decoder = count_flops(model.decode, params, shape((6, *model.latent_shape), jnp.float32))
   # Twice as many rows as pictures: with and without the condition.
   assert flops(5) == text + 5 * unet + decoder

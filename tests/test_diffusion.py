@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from compdiff_jax.cli import InputError
 from compdiff_jax.diffusion import objective
-from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.diffusion.guidance import composed_guidance
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 
 _SCHEDULES = [
@@ -67,7 +67,8 @@ def test_guidance_is_linear_in_the_scale_and_one_is_none():
 
   sample, timesteps = _draw(0), jnp.array([1, 2, 3])
   conditional, unconditional = _draw(1, (3, 5, 2)), _draw(2, (3, 5, 2))
-  out = lambda scale: classifier_free_guidance(model, conditional, unconditional, scale)(sample, timesteps)  # noqa: E731
+  contexts = [unconditional, conditional]
+  out = lambda scale: composed_guidance(model, contexts, [(1, 0, scale)])(sample, timesteps)  # noqa: E731
   np.testing.assert_allclose(out(1.0), model(sample, timesteps, conditional), rtol=1e-5)
   np.testing.assert_allclose(out(0.0), model(sample, timesteps, unconditional), rtol=1e-5)
   np.testing.assert_allclose(out(3.0), out(0.0) + 3 * (out(1.0) - out(0.0)), rtol=1e-4, atol=1e-5)
@@ -77,7 +78,7 @@ def test_guidance_moves_no_row_to_another_device():
   model = lambda sample, timesteps, context: jnp.tanh(sample * context.mean((1, 2))[:, None, None, None])  # noqa: E731
   rows = NamedSharding(jax.make_mesh((8,), ("data",)), jax.P("data"))
   sample, timesteps, *contexts = jax.device_put([_draw(0, (16, 4, 4, 2)), np.zeros(16), *_draw(1, (2, 16, 5, 2))], rows)
-  guided = lambda *args: classifier_free_guidance(model, *args[2:], 5.0, 0.5)(*args[:2])  # noqa: E731
+  guided = lambda *args: composed_guidance(model, args[2:], [(1, 0, 5.0)], 0.5)(*args[:2])  # noqa: E731
   compiled = jax.jit(guided, out_shardings=rows).lower(sample, timesteps, *contexts).compile().as_text()
   assert "f32[2," in compiled  # a device's own two rows
   assert not re.findall(r"all-gather|all-to-all|collective-permute|all-reduce", compiled)
@@ -88,11 +89,11 @@ def test_rescaled_guidance_equals_diffusers(rescale):
   model = lambda sample, timesteps, context: sample * context.mean((1, 2))[:, None, None, None] + 1  # noqa: E731
   sample, timesteps = _draw(0), jnp.array([1, 2, 3])
   conditional, unconditional = _draw(1, (3, 5, 2)), _draw(2, (3, 5, 2))
-  ours = classifier_free_guidance(model, conditional, unconditional, 5.0, rescale)(sample, timesteps)
-  text, guided = (
-    classifier_free_guidance(model, conditional, unconditional, scale)(sample, timesteps) for scale in (1.0, 5.0)
-  )
-  expected = rescale_noise_cfg(_torch(guided), _torch(text), rescale)
+  out = lambda scale, *rescale: composed_guidance(  # noqa: E731
+    model, [unconditional, conditional], [(1, 0, scale)], *rescale
+  )(sample, timesteps)
+  ours = out(5.0, rescale)
+  expected = rescale_noise_cfg(_torch(out(5.0)), _torch(out(1.0)), rescale)
   np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.none import NoConditionerConfig
 from compdiff_jax.conditioning.typed import TypedConfig
-from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.diffusion.guidance import composed_guidance
 from compdiff_jax.sampling.guidance import Guidance, guided, parse_guidance
 
 CONFIG = TypedConfig(d_node=8, d_ctx=8, aux_hidden_dim=0, freq_dim=6, flat_hidden=8)
@@ -80,9 +80,9 @@ def test_equal_weights_are_classifier_free_guidance(outputs):
   np.testing.assert_allclose(plain, ordinary, atol=1e-5)
   for guidance in (Guidance(4.0, 4.0), Guidance(4.0, None, {"age": 4.0}), Guidance(4.0, 4.0, {"age": 4.0, "sex": 4.0})):
     np.testing.assert_allclose(predict(guidance), plain, atol=1e-5)
-  conditional, unconditional = MODEL.context(PARAMS, IDS, BATCH)[0], MODEL.unconditional_context(PARAMS, EMPTY)
+  contexts = [MODEL.context(PARAMS, ids, values)[0] for ids, values in ((EMPTY, CHEST.unknown(7)), (IDS, BATCH))]
   wrapped = lambda sample, timesteps, context: unet({}, sample, timesteps, *context)  # noqa: E731
-  direct = classifier_free_guidance(wrapped, conditional, unconditional, 4.0)(NOISY, TIMES)
+  direct = composed_guidance(wrapped, contexts, [(1, 0, 4.0)])(NOISY, TIMES)
   np.testing.assert_allclose(plain, direct, atol=1e-5)
   assert np.abs(plain - predict(Guidance(4.0, 1.0))).max() > 0.05
 

@@ -23,7 +23,7 @@ from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion import trajectory
-from compdiff_jax.diffusion.guidance import classifier_free_guidance
+from compdiff_jax.diffusion.guidance import composed_guidance
 from compdiff_jax.diffusion.samplers import Sampler, make_table
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop import weights
@@ -91,11 +91,10 @@ def sample_jax(params, conditional, unconditional, ids, negative_ids, noise, sca
   def context(ids, output):
     return jnp.concatenate([text_encoder(text_params, ids), output.tokens], axis=1), output.time_vector
 
-  predict = classifier_free_guidance(
+  predict = composed_guidance(
     lambda sample, timesteps, context: unet(unet_params, sample, timesteps, *context),
-    context(ids, conditional),
-    context(negative_ids, unconditional),
-    scale,
+    [context(negative_ids, unconditional), context(ids, conditional)],
+    [(1, 0, scale)],
   )
   return trajectory.sample(predict, noise, None, make_table(Sampler(), SCHEDULE, 10))
 

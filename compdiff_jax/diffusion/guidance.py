@@ -10,27 +10,6 @@ import jax.numpy as jnp
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def classifier_free_guidance(
-  model: Callable[[jax.Array, jax.Array, Any], jax.Array],
-  conditional: Any,
-  unconditional: Any,
-  scale: float | jax.Array,
-  rescale: float = 0.0,
-) -> Predict:
-  """out_u + scale (out_c - out_u) (Ho & Salimans 2022, Eq. 6 in diffusers' convention: scale 1 = no guidance).
-
-  With `rescale` the result's standard deviation over each sample is drawn to that of out_c, which keeps large scales
-  from overexposing pictures (Lin et al. 2024, Eq. 15 and 16).
-
-  Args:
-    model: (x_t, timesteps, context) -> model output.
-    conditional, unconditional: contexts, pytrees of arrays [B, …]. Both branches run as one batch of 2B.
-    scale: guidance weight, a scalar.
-    rescale: 0 leaves the standard deviation, 1 makes it that of out_c.
-  """
-  return composed_guidance(model, [unconditional, conditional], [(1, 0, scale)], rescale)
-
-
 def composed_guidance(
   model: Callable[[jax.Array, jax.Array, Any], jax.Array],
   contexts: Sequence[Any],
@@ -39,12 +18,15 @@ def composed_guidance(
 ) -> Predict:
   """out_0 + sum of weight (out_i - out_j) over the terms (i, j, weight); all contexts run as one batch.
 
+  With the one term (1, 0, scale) this is classifier-free guidance, out_0 + scale (out_1 - out_0) (Ho & Salimans 2022,
+  Eq. 6 in diffusers' convention: scale 1 = no guidance).
+
   Args:
     model: (x_t, timesteps, context) -> model output.
     contexts: pytrees of arrays [B, …]; the first is the unconditional one, the second the fully conditional one.
     terms: which outputs differ, and the weight of the difference.
-    rescale: from 0 to 1, how far the standard deviation over each sample is drawn to that of the second output
-      (Lin et al. 2024, Eq. 15 and 16).
+    rescale: from 0 to 1, how far the standard deviation over each sample is drawn to that of the second output, which
+      keeps large weights from overexposing pictures (Lin et al. 2024, Eq. 15 and 16).
   """
   count = len(contexts)
   joined = jax.tree.map(_interleave, *contexts)
