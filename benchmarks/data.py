@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image, ImageFilter
 
 from compdiff_jax.conditioning.schema import Attribute, Schema
-from compdiff_jax.data.csv_file import read_csv
+from compdiff_jax.data.csv_file import iterate_csv
 from compdiff_jax.data.input_pipeline import training_batches
 from compdiff_jax.data.records import (
   RecordSet,
@@ -339,14 +339,14 @@ class Drawn:
 
 
 def nih_rows(metadata: Path) -> Iterator[dict[str, Any]]:
-  header, lines = read_csv(metadata)
-  for number, cells in enumerate(lines):
+  header, lines = iterate_csv(metadata)
+  for image, (number, cells) in enumerate(lines):
     row = dict(zip(header, cells))
     yield {
       "file": row["Image Index"],
-      "row": number + 2,
+      "row": number,
       "patient": row["Patient ID"],
-      "image": number,
+      "image": image,
       "text": row["Finding Labels"].replace("|", ", "),
       "attributes": {"age": min(float(row["Patient Age"]), 100.0), "sex": "MF".index(row["Patient Gender"])},
       "findings": {},

@@ -18,13 +18,18 @@ import torch
 from PIL import Image
 
 from compdiff_jax import cli
-from compdiff_jax.data.csv_file import read_csv
+from compdiff_jax.data.csv_file import iterate_csv
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.records import RecordSet, decode_image
 from data_prep import builder, chexpert, dataset, fairgenmed, mimic_cxr, nih_cxr14, reference_tars
 from data_prep.images import ImageOptions
 
 SHARED = Path(os.environ.get("COMPDIFF_SHARED", Path(__file__).parent.parent.parent / "shared")) / "data"
+
+
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+  header, rows = iterate_csv(path)
+  return header, [cells for _, cells in rows]
 
 
 def build(module, source, *options) -> int:

@@ -57,7 +57,8 @@ def stored(path, meta="meta.csv") -> dict[str, dict]:
   sources = [opened.split(split) for split in opened.splits]
   records = {source[i]["key"]: source[i] for source in sources for i in range(len(source))}
   files = {
-    row[0]: dataset.key_hash(row[0], f"compdiff-jax/{opened.name}") for row in csv_file.read_csv(path.parent / meta)[1]
+    cells[0]: dataset.key_hash(cells[0], f"compdiff-jax/{opened.name}")
+    for _, cells in csv_file.iterate_csv(path.parent / meta)[1]
   }
   assert set(records) <= set(files.values())
   return {file: records[key] for file, key in files.items() if key in records}

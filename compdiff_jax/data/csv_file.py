@@ -15,12 +15,6 @@ FIRST_ROW = 2  # rows are counted as a spreadsheet does, blank ones too: the hea
 _GZIP = b"\x1f\x8b"
 
 
-def read_csv(path: str | Path) -> tuple[list[str], list[list[str]]]:
-  """Header and data rows without their numbers; see `iterate_csv`."""
-  header, rows = iterate_csv(path)
-  return header, [cells for _, cells in rows]
-
-
 def iterate_csv(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
   """Header and (number, cells) of each data row, of a file with commas, semicolons or tabs, gzipped or not.
 

@@ -1,11 +1,11 @@
-"""Reads attributes and findings of phantom radiographs off measurements of their pixels.
+"""Reads attributes of phantom radiographs off measurements of their pixels.
 
 `measure` takes edges, profiles and contrasts from each image. On top of them `FactorReader` fits one small quadratic
-function per attribute and finding, on real training images only. Its figure on real test images belongs beside every
-figure on generated ones.
+function per attribute, on real training images only. Its figure on real test images belongs beside every figure on
+generated ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from scipy import ndimage
@@ -88,23 +88,15 @@ def _fit_ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class FactorReader:
-  """Reads attributes and findings off phantom radiographs; a quadratic function of the measurements for each."""
+  """Reads attributes off phantom radiographs; a quadratic function of the measurements for each."""
 
-  def fit(
-    self,
-    images: np.ndarray,
-    attributes: Mapping[str, np.ndarray],
-    schema: Schema,
-    findings: Sequence[Mapping[str, str]] | None = None,
-  ) -> "FactorReader":
+  def fit(self, images: np.ndarray, attributes: Mapping[str, np.ndarray], schema: Schema) -> "FactorReader":
     """Fits on real training images. Half of the fit sees them blurred and noisy, so that soft images are read too.
 
     Args:
       images: as `measure` takes them, N of them.
       attributes: encoded values {name: [N]}; images with an unknown one are left out.
       schema: the attributes to read.
-      findings: per image {finding: "positive" | ...}; every finding not stated positive counts as absent, because a
-        phantom's text names every finding that is drawn.
     """
     known = np.logical_and.reduce([np.asarray(a.is_known(np.asarray(attributes[a.name]))) for a in schema])
     if known.sum() < 2:
@@ -125,33 +117,16 @@ class FactorReader:
     columns = [
       np.eye(len(a.values))[targets[a.name]] if a.kind == "categorical" else targets[a.name][:, None] for a in schema
     ]
-    stated = [one for one, there in zip(findings or (), known) if there]
-    self._findings = []
-    for name in sorted({name for one in stated for name in one}):
-      present = np.array([one.get(name) == "positive" for one in stated])
-      if 0 < present.sum() < len(present):
-        self._findings.append(name)
-        columns.append(np.tile(present, len(drawn))[:, None])
     self._weights, self._bias = _fit_ridge(self._outer(expanded), np.concatenate(columns, axis=1).astype(np.float64))
     return self
 
-  def _scores(self, images: np.ndarray) -> np.ndarray:
-    return self._outer(_expand(self._inner(measure(images)[1]))) @ self._weights + self._bias
-
   def predict(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """Encoded attribute values {name: [N]}: the category of the highest score, or a number clipped to the range."""
-    scores, at, values = self._scores(images), 0, {}
+    scores = self._outer(_expand(self._inner(measure(images)[1]))) @ self._weights + self._bias
+    at, values = 0, {}
     for a in self._schema:
       width = len(a.values) if a.kind == "categorical" else 1
       own = scores[:, at : at + width]
       at += width
       values[a.name] = (own.argmax(1) if a.kind == "categorical" else np.clip(own[:, 0], a.low, a.high)).astype(a.dtype)
     return values
-
-  def predict_findings(self, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Score of each finding {name: float64 [N]}, near 0 when absent and near 1 when present.
-
-    Findings that were all present or all absent in the training images are left out.
-    """
-    scores = self._scores(images)[:, -len(self._findings) :] if self._findings else np.zeros([len(images), 0])
-    return {name: scores[:, i] for i, name in enumerate(self._findings)}
