@@ -191,9 +191,7 @@ def reading_images(work: Path, count: int, natives: int) -> dict[str, Any]:
       add(tar, f"{i:06d}.pt_image", pickle.dumps(tensor))
 
   def ours():
-    drain(
-      iter(training_batches([(records, 1.0)], "train", batch_size=BATCH, image_size=SIZE, seed=0, threads=0)), count
-    )
+    drain(iter(training_batches([(records, 1.0)], batch_size=BATCH, image_size=SIZE, seed=0, threads=0)), count)
 
   def webdataset_png():
     dataset = webdataset.WebDataset(str(work / "png.tar"), shardshuffle=False).shuffle(1000).decode("rgb8")
@@ -261,7 +259,7 @@ def reading_moments(work: Path, count: int) -> dict[str, Any]:
 
   def read(threads):
     options = {"batch_size": BATCH, "image_size": SIZE, "seed": 0, "tokenizer": StoredIds(), "threads": threads}
-    drain(iter(training_batches([(records, 1.0)], "train", **options)), 4 * count)
+    drain(iter(training_batches([(records, 1.0)], **options)), 4 * count)
 
   result = best(3, 4 * count, alone=lambda: read(0), ahead=lambda: read(2))
   two_cores = max(result["ahead"]["per_second"], result["alone"]["per_second"])
@@ -310,7 +308,7 @@ from compdiff_jax.data.input_pipeline import training_batches
 from compdiff_jax.data.records import RecordSet
 imported = time.perf_counter()
 batches = iter(training_batches(
-  [(RecordSet({str(path)!r}), 1.0)], "train", batch_size={BATCH}, image_size=16, seed=0, balance=("age", "sex"),
+  [(RecordSet({str(path)!r}), 1.0)], batch_size={BATCH}, image_size=16, seed=0, balance=("age", "sex"),
   balance_tau=0.5))
 next(batches)
 print(imported - start, time.perf_counter() - imported)
@@ -372,7 +370,7 @@ def long_epoch(work: Path, metadata: Path) -> dict[str, Any]:
   written = time.perf_counter() - seconds
   records = RecordSet(work / "nih")
   count = records.splits["train"]
-  batches = iter(training_batches([(records, 1.0)], "train", batch_size=BATCH, image_size=16, seed=0, threads=2))
+  batches = iter(training_batches([(records, 1.0)], batch_size=BATCH, image_size=16, seed=0, threads=2))
   samples = []
   seconds = time.perf_counter()
   for step in range(count // BATCH):

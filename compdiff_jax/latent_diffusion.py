@@ -219,10 +219,10 @@ class LatentDiffusion:
     return denormalize_pixels(self.vae(params["vae"], latents / self.vae_config.scaling_factor, method="decode"))
 
   def context(
-    self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
+    self, params: Params, input_ids: jax.Array, attributes: Mapping[str, jax.Array]
   ) -> tuple[Context, ConditionerOutput]:
-    """What prompts int32 [B, 77] and attributes condition the UNet on, and the conditioner's output."""
-    return self.join_context(params, self.encode_text(params, input_ids), attributes, keys)
+    """What prompts int32 [B, 77] and attributes condition the UNet on, and the conditioner's output; evaluation."""
+    return self.join_context(params, self.encode_text(params, input_ids), attributes)
 
   def encode_text(self, params: Params, input_ids: jax.Array) -> jax.Array:
     """Prompts int32 [B, 77] -> text tokens [B, 77, C]."""
@@ -231,7 +231,7 @@ class LatentDiffusion:
   def join_context(
     self, params: Params, text: jax.Array, attributes: Mapping[str, jax.Array], keys: jax.Array | None = None
   ) -> tuple[Context, ConditionerOutput]:
-    """`context` from text tokens [B, 77, C]."""
+    """`context` from text tokens [B, 77, C]; with `keys` as in training (`conditioning.interface`)."""
     output = self.conditioner(params.get("conditioner", {}), attributes, keys=keys)
     # A conditioner without attributes does not know the size of the batch.
     tokens = jnp.broadcast_to(output.tokens, (len(text), *output.tokens.shape[1:]))

@@ -139,10 +139,9 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     "balance": config.data.balance,
     "balance_tau": config.data.balance_tau,
   }
-  keys = lambda step: batch_keys(sets, "train", step=step - 1, **order)  # noqa: E731
+  keys = lambda step: batch_keys(sets, step=step - 1, **order)  # noqa: E731
   batches = training_batches(
     sets,
-    "train",
     **order,
     image_size=config.data.image_size,
     tokenizer=tokenizer,

@@ -60,7 +60,6 @@ def main(argv: list[str]) -> None:
   out = cli.new_directory(args.out)
   batches = training_batches(
     sets,
-    "train",
     batch_size=settings.batch_size,
     image_size=config.data.image_size,
     seed=config.seed,

@@ -77,9 +77,9 @@ def record_set(tmp_path):
   return _write(tmp_path)
 
 
-def _batches(sets, split="train", **options):
+def _batches(sets, **options):
   sets = sets if isinstance(sets, list) else [(sets, 1.0)]
-  return iter(training_batches(sets, split, **{"image_size": 8, "seed": 0, **options}))
+  return iter(training_batches(sets, **{"image_size": 8, "seed": 0, **options}))
 
 
 def _order(batches, count):
@@ -226,7 +226,7 @@ def test_device_batches_are_the_host_batches_on_every_mesh(record_set):
     placement = batch_sharding(make_mesh(sizes))
     rows = local_rows(placement, 8)
     batches = device_batches(
-      training_batches([(record_set, 1.0)], "train", batch_size=8, image_size=8, seed=0, rows=rows), placement, 8
+      training_batches([(record_set, 1.0)], batch_size=8, image_size=8, seed=0, rows=rows), placement, 8
     )
     first = next(batches)
     assert first["images"].sharding == placement == first["attributes"]["sex"].sharding
@@ -241,7 +241,7 @@ def test_batches_are_placed_before_they_are_asked_for(record_set):
   """The first batch is in use; the ones after it are read and transferred meanwhile."""
   placement = batch_sharding(make_mesh({"data": 8, "fsdp": 1, "tensor": 1}))
   seen = threading.Semaphore(0)
-  batches = training_batches([(record_set, 1.0)], "train", batch_size=8, image_size=8, seed=0)
+  batches = training_batches([(record_set, 1.0)], batch_size=8, image_size=8, seed=0)
   batches = device_batches(batches.map(lambda batch: (seen.release(), batch)[1]), placement, 8)
   next(batches)
   assert all(seen.acquire(timeout=PATIENCE) for _ in range(3))
@@ -257,7 +257,7 @@ from compdiff_jax.sharding import batch_sharding, local_rows, make_mesh
 placement = batch_sharding(make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, jax.devices()[::-1]))
 rows = local_rows(placement, 8)
 batches = training_batches(
-  [(RecordSet(sys.argv[3]), 1.0)], "train", batch_size=8, image_size=8, seed=0, rows=rows, first_step=3
+  [(RecordSet(sys.argv[3]), 1.0)], batch_size=8, image_size=8, seed=0, rows=rows, first_step=3
 )
 batches = device_batches(batches, placement, 8)
 for _ in range(3):

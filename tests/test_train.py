@@ -144,7 +144,7 @@ def test_nan_stops_the_run_and_names_the_step(workspace, tmp_path, capsys):
   assert dumped["step"] == 3 and dumped["metrics"]["loss"] in ("nan", "inf")
   # The records of these keys are what the third batch showed.
   records = RecordSet(workspace / "data")
-  batches = training_batches([(records, 1.0)], "train", batch_size=8, image_size=32, seed=42, first_step=2, threads=0)
+  batches = training_batches([(records, 1.0)], batch_size=8, image_size=32, seed=42, first_step=2, threads=0)
   source = records.split("train")
   images = {source[i]["key"]: decode_image(source[i]["image"], 32) for i in range(len(source))}
   np.testing.assert_array_equal([images[key] for key in dumped["batch"]], next(iter(batches))["images"])

@@ -58,8 +58,8 @@ def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypa
   class Read(Exception):
     pass
 
-  def read(sets, split, *, balance, balance_tau, **_):
-    raise Read([(str(records.path), weight) for records, weight in sets], split, balance, balance_tau)
+  def read(sets, *, balance, balance_tau, **_):
+    raise Read([(str(records.path), weight) for records, weight in sets], balance, balance_tau)
 
   shutil.copytree(workspace / "data", tmp_path / "more")
   arguments = [*config_arguments(workspace), f"--out={tmp_path / 'vae'}", "--config.data.balance=('sex',)"]
@@ -68,7 +68,7 @@ def test_every_set_of_the_mix_is_trained_on(workspace, tmp_path, fails, monkeypa
     patch.setattr(train_vae, "training_batches", read)
     train_vae.main([*arguments, mix])
   sets = [(str(workspace / "data"), 1.0), (str(tmp_path / "more"), 3.0)]
-  assert error.value.args == (sets, "train", ("sex",), 0.5)
+  assert error.value.args == (sets, ("sex",), 0.5)
   assert "data.image_size 30 must be a multiple of 4" in fails(
     train_vae.main, *arguments, "--config.data.image_size=30"
   )

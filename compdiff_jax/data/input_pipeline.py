@@ -53,7 +53,7 @@ def open_training_sets(data: ml_collections.ConfigDict) -> list[tuple[RecordSet,
     if name not in first.schema.names:
       raise InputError(f"config.data.balance: no attribute {name!r}{nearest(name, first.schema.names)}")
   for records, _ in sets:
-    check_image_size(data.image_size, records, "train")
+    check_image_size(data.image_size, records)
   return sets
 
 
@@ -67,8 +67,8 @@ def check_vae(sets: Sequence[tuple[RecordSet, float]], vae_hash: str, vae_path: 
       )
 
 
-def check_image_size(image_size: int, records: RecordSet, split: str) -> None:
-  """The first image of the split must not be smaller than what training asks for: enlarging it is never silent."""
+def check_image_size(image_size: int, records: RecordSet) -> None:
+  """The first training image must not be smaller than what training asks for: enlarging it is never silent."""
   if records.latents is not None:
     side = records.latents["image_size"]
     if side != image_size:
@@ -77,7 +77,7 @@ def check_image_size(image_size: int, records: RecordSet, split: str) -> None:
         " again"
       )
     return
-  source = records.split(split)
+  source = records.split("train")
   side = min(source.decode(0, source[0]).shape[:2])
   if side < image_size:
     raise InputError(f"{records.path} holds {side} px images, data.image_size is {image_size}; prepare larger")
@@ -85,7 +85,6 @@ def check_image_size(image_size: int, records: RecordSet, split: str) -> None:
 
 def training_batches(
   sets: Sequence[tuple[RecordSet, float]],
-  split: str,
   *,
   batch_size: int,
   image_size: int,
@@ -99,11 +98,10 @@ def training_batches(
   threads: int = 2,
   workers: int = 0,
 ) -> grain.IterDataset:
-  """Endless shuffled batches, read ahead of their use; see `order` for which records they hold.
+  """Endless shuffled batches of the split "train", read ahead of their use; see `order` for which records they hold.
 
   Args:
     sets: data sets and how often their records are drawn, relative to each other.
-    split: which of their splits.
     batch_size: of the global batch.
     image_size: images are resized to this.
     seed: of the order.
@@ -119,7 +117,7 @@ def training_batches(
     Batches {"images": uint8 [b, S, S, 3] or "moments": bfloat16 [b, s, s, 2c], "attributes": {name: [b]}} and, with a
     tokenizer, "input_ids" int32 [b, 77]. Batches cross epochs, so no record is dropped.
   """
-  source, order = _source_and_order(sets, split, seed, balance, balance_tau)
+  source, order = _source_and_order(sets, seed, balance, balance_tau)
   read = _BatchReader(source, sets[0][0].schema, sets[0][0].latents, image_size, tokenizer, prompt_attributes, threads)
   rows = range(batch_size) if rows is None else rows
   numbers = BatchNumbers(order, batch_size, rows, first_step)
@@ -134,7 +132,6 @@ def training_batches(
 
 def batch_keys(
   sets: Sequence[tuple[RecordSet, float]],
-  split: str,
   *,
   step: int,
   batch_size: int,
@@ -143,21 +140,21 @@ def batch_keys(
   balance_tau: float = 0.0,
 ) -> list[str]:
   """The keys of the records in the global batch of a step, row by row; arguments as in `training_batches`."""
-  source, order = _source_and_order(sets, split, seed, balance, balance_tau)
+  source, order = _source_and_order(sets, seed, balance, balance_tau)
   return [record["key"] for record in source.read(BatchNumbers(order, batch_size, range(batch_size), step)[0])]
 
 
 def _source_and_order(
-  sets: Sequence[tuple[RecordSet, float]], split: str, seed: int, balance: Sequence[str], balance_tau: float
+  sets: Sequence[tuple[RecordSet, float]], seed: int, balance: Sequence[str], balance_tau: float
 ) -> tuple[RecordSource, RecordOrder]:
-  """The records of all sets, one after the other, and the order in which training draws them."""
+  """The training records of all sets, one after the other, and the order in which training draws them."""
   sources, groups = [], []
   offset = 0
   for records, weight in sets:
-    sources.append(records.split(split))
+    sources.append(records.split("train"))
     count = len(sources[-1])
     if balance:
-      members = balanced_groups(records.attributes(split), records.schema, balance, balance_tau)
+      members = balanced_groups(records.attributes("train"), records.schema, balance, balance_tau)
     else:
       members = [Group(np.arange(count), 1.0)]
     groups += [Group(offset + group.numbers, weight * group.weight) for group in members]

@@ -113,8 +113,9 @@ def _summary(values: np.ndarray, share: bool, min_n: int) -> dict:
   return {"value": mean, "lo": float(low), "hi": float(high), "n": n}
 
 
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(share: float, n: int) -> tuple[float, float]:
   """Wilson's 95 % score interval of a share (Wilson 1927); stays in [0, 1] and is not empty at 0 or 1."""
+  z = 1.96
   centre = (share + z * z / (2 * n)) / (1 + z * z / n)
   half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
   return max(0.0, centre - half), min(1.0, centre + half)

@@ -25,9 +25,9 @@ def number(value: float) -> str:
   return f"{value:.1e}"
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Round numbers that cover [low, high]."""
-  step = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+  """About five round numbers that cover [low, high]."""
+  step = (high - low) / 5
   power = 10 ** math.floor(math.log10(step))
   step = next(m * power for m in (1, 2, 5, 10) if m * power >= step)
   return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]

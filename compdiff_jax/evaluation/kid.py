@@ -47,15 +47,15 @@ def kid_of_subsets(x: np.ndarray, y: np.ndarray, in_x: np.ndarray, in_y: np.ndar
 
 
 def subset_kid(
-  real: np.ndarray, synthetic: np.ndarray, subset_size: int, rng: np.random.Generator, subsets: int = SUBSETS
+  real: np.ndarray, synthetic: np.ndarray, subset_size: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-  """Mean and standard deviation over random subsets of `subset_size` images a side, the form KID is published in.
+  """Mean and standard deviation over 100 random subsets of `subset_size` images a side, the form KID is published in.
 
   `subset_size` must be smaller than both sets: at equality every subset is the same one and the deviation a fiction.
   """
   if subset_size >= min(len(real), len(synthetic)):
     raise ValueError(f"KID subset size {subset_size} must be smaller than both sets ({len(real)}, {len(synthetic)})")
-  picks = [draw(rng, size, subset_size, subsets) for size in (len(real), len(synthetic))]
+  picks = [draw(rng, size, subset_size, SUBSETS) for size in (len(real), len(synthetic))]
   values = kid_of_subsets(real, synthetic, *picks)
   return float(values.mean()), float(values.std(ddof=1))
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from compdiff_jax import sharding
@@ -49,27 +48,21 @@ def read_config(directory: str | Path, class_name: str) -> dict[str, Any]:
   return config
 
 
-def load_component(directory: str | Path, functional: Functional, mesh: Mesh | None = None) -> dict[str, jax.Array]:
+def load_component(directory: str | Path, functional: Functional) -> dict[str, jax.Array]:
   """The parameters of `functional` from the safetensors files of a component directory: `find_weights` and `load`."""
-  return load(find_weights(Path(directory)), functional, mesh)
+  return load(find_weights(Path(directory)), functional)
 
 
-def load(weights: WeightFiles, functional: Functional, mesh: Mesh | None = None) -> dict[str, jax.Array]:
-  """Reads parameters straight into sharded float32 arrays: each device's shard is a slice of the file.
+def load(weights: WeightFiles, functional: Functional) -> dict[str, jax.Array]:
+  """Reads parameters straight into float32 arrays that are split over this process's devices by `sharding`'s rules.
 
-  Accepts float32, float16 and bfloat16 values and the keys of older releases. Beyond the result, memory holds one
-  tensor; no device ever holds more than its share.
-
-  Args:
-    weights: the files.
-    functional: the model.
-    mesh: its axis `fsdp` splits the parameters, `sharding.parameter_spec`. Without one they are split over this
-      process's devices.
+  Accepts float32, float16 and bfloat16 values and the keys of older releases. Each device's shard is a slice of the
+  file: beyond the result, memory holds one tensor, and no device ever holds more than its share.
 
   Raises:
     InputError: a broken file, or keys and shapes that differ from the model's.
   """
-  mesh = mesh or sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
+  mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, jax.local_devices())
   tensors = _tensors(weights)
   matched = _match(weights, tensors, functional)
   placed = sharding.tree_shardings(dict(functional.shapes), (), mesh)

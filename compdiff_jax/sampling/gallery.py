@@ -9,6 +9,7 @@ from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.sampling.job import Generate
 
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
+_WIDTH = 1600  # pixels; images are made smaller where all columns would take more
 
 
 def grid_attributes(schema: Schema) -> dict[str, np.ndarray]:
@@ -21,7 +22,7 @@ def grid_attributes(schema: Schema) -> dict[str, np.ndarray]:
   return schema.unknown(len(cells)) | {name: np.asarray(v, schema[name].dtype) for name, v in known.items()}
 
 
-def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1600) -> Image.Image:
+def draw_grid(images: np.ndarray, schema: Schema, title: str) -> Image.Image:
   """Lays `images` (uint8 [cells, S, S, 3], in the order of `grid_attributes`) out with labels.
 
   Rows are the levels of the first attribute (age), columns the combinations of the others (sex x group). Where no
@@ -31,7 +32,7 @@ def draw_grid(images: np.ndarray, schema: Schema, title: str, max_width: int = 1
   labels = [f"{a.name} {name}" for a in schema.attributes[:1] for name in a.level_names] or [""]
   rows = len(labels)
   columns = len(images) // rows
-  side = max(64, min(images.shape[1], max_width // columns))
+  side = max(64, min(images.shape[1], _WIDTH // columns))
   headers = [[f"{a.level_names[cell[a.name]]}" for a in schema.attributes[1:]] for cell in schema.cells()[:columns]]
   font = ImageFont.load_default(12)
   left = 12 + max(int(font.getlength(label)) for label in labels)

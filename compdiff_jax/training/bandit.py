@@ -13,6 +13,7 @@ _ROOT5 = np.sqrt(5.0)
 _LENGTH_PRIOR = (3.0, 6.0)  # shape and rate of the Gamma prior of the length scales
 # Bounds of log length scale, log signal variance and log noise variance (observations have variance 1).
 _BOUNDS = {"length": (np.log(0.02), np.log(20.0)), "signal": (np.log(1e-3), np.log(1e3)), "noise": (np.log(1e-4), 3.0)}
+_RESTARTS = 5  # climbs of one search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +110,11 @@ def fit(x: np.ndarray, y: np.ndarray) -> GaussianProcess:
   return GaussianProcess(x, linalg.cho_solve((factor, True), y - mean), factor, length, signal, mean)
 
 
-def maximise(
-  process: GaussianProcess, beta: float, rng: np.random.Generator, *, raw_samples: int, restarts: int = 5
-) -> np.ndarray:
-  """The point [D] of the unit box with the highest bound: the best of `restarts` climbs from the best draws."""
+def maximise(process: GaussianProcess, beta: float, rng: np.random.Generator, *, raw_samples: int) -> np.ndarray:
+  """The point [D] of the unit box with the highest bound: the best of the climbs from the best draws."""
   points = rng.uniform(size=[raw_samples, process.x.shape[1]])
   mean, sd = process.posterior(points)
-  starts = points[np.argsort(-(mean + np.sqrt(beta) * sd))[:restarts]]
+  starts = points[np.argsort(-(mean + np.sqrt(beta) * sd))[:_RESTARTS]]
   box = [(0.0, 1.0)] * points.shape[1]
 
   def negative(point):
