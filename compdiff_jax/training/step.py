@@ -79,19 +79,19 @@ def loss_coefficients(
   return {name: weights[name] for name in names if name in weights}
 
 
-def check_loss(config: ml_collections.ConfigDict, model: LatentDiffusion) -> None:
-  """Raises an `InputError` where `config.loss` asks for what the model cannot do."""
-  if config.coind:
-    coind.check(model)
-
-
 def make_loss(
   model: LatentDiffusion, config: ml_collections.ConfigDict, fairness: FairDiffusion | None = None
-) -> Callable[..., tuple[jax.Array, Any]]:
-  """The loss of some rows of the batch, as a share of the loss of the whole batch."""
+) -> tuple[Callable[..., tuple[jax.Array, Any]], Callable[..., dict[str, jax.Array]]]:
+  """Two functions of some rows of the batch, whose results add up over the parts of a batch.
+
+  loss(params, frozen, rows, step, weights) -> (share of the loss of the whole batch, shares of its terms and metrics),
+  where `weights` are those of the whole batch; total_weights(params, frozen, rows) -> {term: sum of its weights}.
+  An `InputError` says where `config.loss` asks for what the model cannot do.
+  """
   options = config.loss
   accumulation = config.train.accumulation
-  check_loss(options, model)
+  if options.coind:
+    coind.check(model)
 
   def terms(params: Params, frozen: Params, rows: Mapping[str, Any]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Every loss and metric as (values [b], weight [b])."""
@@ -101,7 +101,6 @@ def make_loss(
     context, output = model.join_context(everything, text, rows["attributes"], keys["conditioner"])
     moments = rows["moments"] if "moments" in rows else model.moments(everything, rows["images"])
     latents = model.latents(moments, _normal(keys["posterior"], model.latent_shape))
-    latents = jax.lax.stop_gradient(latents)  # the VAE is frozen
     noise = _normal(keys["noise"], model.latent_shape)
     if options.noise_offset:
       noise += options.noise_offset * _normal(keys["noise_offset"], (1, 1, model.latent_shape[-1]))
