@@ -52,9 +52,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--workdir", type=Path, required=True, help="new directory for the run")
   parser.add_argument("--base", type=Path, help="diffusers directory that a training checkpoint was trained from")
   parser.add_argument("--schema", type=Path, help="schema.json of the attributes, where the model does not say them")
-  parser.add_argument(
-    "--allow_pickle", "--allow-pickle", action="store_true", help="also read .bin files, as tensors only; needs torch"
-  )
+  parser.add_argument("--allow_pickle", action="store_true", help="also read .bin files, as tensors only; needs torch")
   args = parser.parse_args(argv)
 
   # ---- Everything that can be wrong is found before a tensor is read

@@ -46,7 +46,7 @@ def run_import(source, workdir, *options):
     (torch.float32, {}, ()),
     (torch.float16, {"variant": "fp16"}, ()),
     (torch.bfloat16, {"max_shard_size": "20KB"}, ()),
-    (torch.bfloat16, {"safe_serialization": False}, ("--allow-pickle",)),
+    (torch.bfloat16, {"safe_serialization": False}, ("--allow_pickle",)),
   ],
   ids=["float32", "fp16 variant", "bfloat16 shards", "pickles"],
 )
@@ -87,7 +87,7 @@ def test_training_checkpoint_of_the_reference(tmp_path, base, models, suffix, fa
   (checkpoint / "random_states_0.pkl").write_bytes(b"anything")
   if pickled:
     message = fails(import_weights.main, f"--source={checkpoint}", f"--workdir={tmp_path / 'no'}", f"--base={base}")
-    assert "--allow-pickle" in message and not (tmp_path / "no").exists()
+    assert "--allow_pickle" in message and not (tmp_path / "no").exists()
   run = run_import(checkpoint, tmp_path / "run", f"--base={base}", *(["--allow_pickle"] if pickled else []))
   step, params = run.load_params("raw")
   assert step == 1200

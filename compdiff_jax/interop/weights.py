@@ -175,7 +175,7 @@ def find_weights(
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     remedy = "give a diffusers component directory"
     if pickles and not allow_pickle:
-      remedy = f"convert {pickles[0]} to safetensors, or import it with compdiff import --allow-pickle"
+      remedy = f"convert {pickles[0]} to safetensors, or import it with compdiff import --allow_pickle"
     raise InputError(f"{directory} has no {' or '.join(f'{stem}.safetensors' for stem in stems)}; {remedy}")
   if source.suffix != ".json":
     return WeightFiles(source, (source,))
