@@ -341,6 +341,9 @@ def test_directory_contents(exported, pipes):
   assert pipes["nulls"].dtype == torch.float32
   for name in ("pipeline.py", "conditioner/conditioner.py"):
     assert "compdiff_jax" not in (directory / name).read_text()
+  first = {name: (place / "README.md").read_text().split("diffusion with ")[1] for name, place in exported.items()}
+  named = {name for name, text in first.items() if text.startswith("hierarchical demographic conditioning (CompDiff),")}
+  assert named == {"nulls", "released", "time"} and first["transformer"].startswith("demographic conditioning,")
 
 
 def test_saved_again_by_torch(tmp_path, pipes):

@@ -26,6 +26,7 @@ class ConditionerConfig:
     d_ctx: width of the cross-attention context.
     d_time_emb: width of the vector that is added to the UNet's time embedding; 0: there is none.
     film_channels: widths of the UNet's residual blocks, which are modulated; empty: they are not.
+    hierarchical: whether attributes are composed in pairs, and these to the whole: the method of CompDiff.
     represents_unknown: whether a single unknown attribute has a learned representation. If not, all attributes are
       given or none, for which there are zero tokens: plans, guidance and exports refuse the rest.
     loss_weights: weight of a loss term beside the others of its kind, for terms where it is not 1: auxiliary heads
@@ -37,6 +38,7 @@ class ConditionerConfig:
   d_ctx = 0
   d_time_emb = 0
   film_channels = ()
+  hierarchical = False
   represents_unknown = True
   loss_weights = MappingProxyType({})
 

@@ -51,6 +51,7 @@ class HCNConfig(ConditionerConfig):
   learned_nulls: bool = True
 
   kind = "hcn"
+  hierarchical = True
 
   def __post_init__(self):
     check_positive(self, "d_node", "d_ctx", "soft_sigma")

@@ -116,6 +116,10 @@ class TypedConfig(ConditionerConfig):
       raise InputError(f"field transformer_heads is {self.transformer_heads}; it must divide d_node {self.d_node}")
 
   @property
+  def hierarchical(self) -> bool:
+    return self.composer == "hierarchical"
+
+  @property
   def represents_unknown(self) -> bool:
     return self.unconditional == "nulls"
 

@@ -162,7 +162,8 @@ def write_export(
       shutil.copyfile(_TORCH_FILES / "conditioner.py", directory / "conditioner" / "conditioner.py")
       shutil.copyfile(_TORCH_FILES / "pipeline.py", directory / "pipeline.py")
     note = reference.readme(config.kind) if for_reference else ""
-    text = model_card(card, schema, used, prompt_attributes, config.represents_unknown, bool(conditioner_class), note)
+    facts = (config.hierarchical, config.represents_unknown, bool(conditioner_class))
+    text = model_card(card, schema, used, prompt_attributes, *facts, note)
     (directory / "README.md").write_text(text)
     _write_json(directory / "model_index.json", _model_index(conditioner_class, scheduler["_class_name"]))
   return Path(out)

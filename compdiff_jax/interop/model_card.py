@@ -61,6 +61,7 @@ def model_card(
   schema: Schema,
   used: Sequence[str],
   prompt_attributes: Sequence[str],
+  hierarchical: bool,
   represents_unknown: bool,
   pipeline: bool = True,
   note: str = "",
@@ -73,17 +74,17 @@ def model_card(
     schema: attributes the pipeline accepts.
     used: names that the conditioner turns into tokens.
     prompt_attributes: names that are put in front of the text.
+    hierarchical: whether the conditioner is CompDiff's.
     represents_unknown: whether a single attribute may be unknown.
     pipeline: whether the directory has our pipeline, which takes attributes; plain Stable Diffusion takes a text.
     note: a section of its own, Markdown.
   """
   name = card.get("name", "CompDiff model")
   keywords = ", ".join(f"{a.name}={_example(a)}" for a in schema)
-  roles = {True: "tokens", False: ""}
   rows = []
   for attribute in schema:
-    role = [roles[attribute.name in used], "prompt" if attribute.name in prompt_attributes else ""]
-    rows.append([attribute.name, _describe(attribute), " and ".join(filter(None, role)) or "not used"])
+    roles = [role for role, names in (("tokens", used), ("prompt", prompt_attributes)) if attribute.name in names]
+    rows.append([attribute.name, _describe(attribute), " and ".join(roles) or "not used"])
   unknown = (
     "Leave an attribute out, or give `None`, where it is unknown."
     if represents_unknown
@@ -103,7 +104,8 @@ def model_card(
     f"    {_template(schema, in_words)}\n\n"
     "in these words and this order; what is unknown is left out."
   )
-  conditioned = " with hierarchical demographic conditioning (CompDiff)" if used else ""
+  kind = "hierarchical demographic conditioning (CompDiff)" if hierarchical else "demographic conditioning"
+  conditioned = f" with {kind}" if used else ""
   parts = [
     f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\n---\n\n# {name}",
     f"Text-to-image latent diffusion{conditioned}, exported by compdiff-jax.",
