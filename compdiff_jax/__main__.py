@@ -10,7 +10,10 @@ from compdiff_jax import cli
 VERBS = {
   "train": ("compdiff_jax.train", "train the UNet and the conditioner from a config"),
   "train-vae": ("compdiff_jax.train_vae", "train or fine-tune the autoencoder on a data set"),
-  "compile": ("compdiff_jax.compile", "does a training step fit a TPU or this machine, and how fast could it be"),
+  "compile": (
+    "compdiff_jax.compile",
+    "does a training step or the sampler fit TPUs, GPUs or this machine, and how fast could it be",
+  ),
   "plan": ("compdiff_jax.plan", "write a sampling plan, for example balanced over intersections"),
   "sample": ("compdiff_jax.sample", "generate images for a plan"),
   "evaluate": ("compdiff_jax.evaluate", "compare a synthetic set with real images"),

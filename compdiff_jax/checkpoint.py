@@ -1,8 +1,8 @@
 """All Orbax calls: asynchronous checkpoints of the training state.
 
 On disk: `<directory>/<step>/{params, ema, optimizer}/`. The position in the data is the step (`data.order`), so a run
-continues on any number of hosts. A checkpoint appears under its step only once it is
-complete; one that was cut short is never picked up.
+continues on any number of hosts. A checkpoint appears under its step only once it is complete; one that was cut short
+is never picked up.
 """
 
 import contextlib

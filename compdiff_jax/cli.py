@@ -25,7 +25,7 @@ class InputError(Exception):
 
 
 class UnfinishedError(InputError):
-  """An input error that shows late: what is finished is kept for the next run of the same job."""
+  """An input error found after work was done; finished pieces are kept for the next run."""
 
 
 class RunError(Exception):

@@ -38,7 +38,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "mix": (),  # more data sets: (path, weight), drawn `weight` times as often as `path`
       "balance": (),  # attributes whose cells are drawn in balance: a record of a cell of n has the weight n^-tau
       "balance_tau": 0.5,  # 0: as the data are; 1: all cells equally often
-      "threads": 2,  # that decode images; 0: the one that moves batches to the devices reads and decodes them, too
+      "threads": 2,  # that decode images; 0: the prefetch thread reads and decodes as well
       "workers": 0,  # processes that make batches; for hosts on which Python threads are too slow
     }
   )

@@ -1,7 +1,7 @@
 """Several processes that compute as one: finding each other, one writer, waiting with a time-out, ending together.
 
 Every process runs the same command. `jax.distributed` finds the others by itself on TPU VMs, GKE, Slurm and Open MPI;
-elsewhere the command names them. Nothing here may be called after a device was used.
+elsewhere the command names them. Enter `session` before any device is used.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Where arrays live: a (data, fsdp, tensor) mesh and regex rules from parameter names to PartitionSpecs.
 
-All axes are `AxisType.Auto`, so the compiler inserts the collectives. The batch is split over (data, fsdp). Between
-slices, which a slower network joins, runs the data axis alone.
+All axes are `AxisType.Auto`, so the compiler inserts the collectives. The batch is split over (data, fsdp). Only the
+data axis crosses slices, which are joined by a slower network.
 """
 
 import math

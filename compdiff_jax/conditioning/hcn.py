@@ -1,9 +1,9 @@
 """HCN v1, the Hierarchical Conditioner Network of CompDiff-1: attributes -> pairs -> one latent -> one token.
 
 Every attribute has an embedding, every pair of attributes a composed node, and the pair nodes are composed once more
-into h. A Gaussian latent around h, projected to the context width, is the token. Parameter paths are the
-reference's state_dict keys, built from the schema's names: `emb_sex`, `compose_sex_race.net.1`, `race_classifier.4`.
-The reference's `encode_age=False` is `attributes=("sex", "race")`.
+into h. A Gaussian latent around h, projected to the context width, is the token. Parameter paths are the reference's
+state_dict keys, built from the schema's names: `emb_sex`, `compose_sex_race.net.1`, `race_classifier.4`. The
+reference's `encode_age=False` is `attributes=("sex", "race")`.
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 The training step divides the weighted sum by the sum of the weights over the *global* batch, so neither the number of
 devices nor gradient accumulation changes a loss. All terms are float32. They are read from the same forward pass that
-made the tokens; the reference runs the composition a second time with fresh dropout masks, which costs
-a pass and compares a node that no token was made from.
+made the tokens; the reference runs the composition a second time with fresh dropout masks, which costs a pass and
+compares a node that no token was made from.
 """
 
 import jax

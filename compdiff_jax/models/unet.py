@@ -230,7 +230,7 @@ class UNet2DCondition(nnx.Module):
       channels[0], time_channels, activation=self.activation, dtype=precise("time_embedding"), rngs=rngs
     )
 
-    # The widths of the features that the way down leaves for the way up, used last in, first out.
+    # The widths of the features that the down path leaves for the up path, used last in, first out.
     skips = [channels[0]]
     width = channels[0]
     self.down_blocks = nnx.List()

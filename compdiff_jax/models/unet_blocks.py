@@ -128,7 +128,7 @@ class DownBlock2D(nnx.Module):
   def __call__(
     self, x: jax.Array, time: jax.Array | None = None, context: jax.Array | None = None, film: Film = _UNMODULATED
   ) -> tuple[jax.Array, list[jax.Array]]:
-    """Returns the output and the features after every layer, which the way up concatenates."""
+    """Returns the output and the features after every layer, which the up path concatenates."""
     skips = []
     for i, resnet in enumerate(self.resnets):
       x = _modulated(resnet(x, time), film)
@@ -144,7 +144,7 @@ class DownBlock2D(nnx.Module):
 class UpBlock2D(nnx.Module):
   """Residual blocks on [x, skip], then an upsampling. With a `transformer` it is diffusers' CrossAttnUpBlock2D.
 
-  `skip_channels` are the widths of the skips in the order of use: the last feature of the way down comes first.
+  `skip_channels` are the widths of the skips in the order of use: the last feature of the down path comes first.
   """
 
   def __init__(

@@ -32,14 +32,15 @@ def check_intervals(logging: ml_collections.ConfigDict) -> None:
 
 
 def warn_of_empty_levels(sets: Sequence[RecordSet]) -> None:
-  """Says which values the schema has and training never sees: what stands for them stays as it was drawn."""
+  """Says which values the schema has and training never sees: their embeddings keep their random initial values."""
   columns = [records.attributes("train") for records in sets]
   empty = []
   for a in sets[0].schema.grouping:
     seen = set(np.concatenate([a.levels(own[a.name]) for own in columns]).tolist())
     empty += [f"{a.name}={name}" for level, name in enumerate(a.level_names) if level not in seen]
   if empty:
-    print(f"warning: no training image has {', '.join(empty)}; pictures of these will mean nothing", file=sys.stderr)
+    names = ", ".join(empty)
+    print(f"warning: no training image has {names}; images sampled for these are meaningless", file=sys.stderr)
 
 
 def check_metric(name: str, metrics: Iterable[str]) -> None:

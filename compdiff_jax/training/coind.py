@@ -5,7 +5,8 @@ If attribute i and the others are independent given the image, their scores add 
   eps(x_t, d) + eps(x_t, nothing) = eps(x_t, d_i) + eps(x_t, d without d_i)
 
 The loss is the mean squared gap between the two sides, for one random attribute a sample. A combination that training
-lacks is then the sum of parts that it has. The text is the same in all four, so independence is given the text too.
+lacks is then the sum of parts that it has. The text is the same in all four, so the independence is conditional on the
+text as well.
 """
 
 from collections.abc import Mapping
