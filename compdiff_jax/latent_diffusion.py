@@ -11,7 +11,7 @@ import ml_collections
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.family import config_from_dict
-from compdiff_jax.conditioning.interface import ConditionerOutput
+from compdiff_jax.conditioning.interface import ConditionerOutput, Modulation
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop.weights import load_component, read_config
@@ -38,12 +38,12 @@ class Context(NamedTuple):
   Attributes:
     encoder_hidden_states: [B, 77 + T, C], text tokens followed by demographic tokens.
     time_vector: [B, D], added to the time embedding, or None.
-    film: (gamma, beta) of each residual block, [B, C] each, or None.
+    film: modulation of the residual blocks, or None.
   """
 
   encoder_hidden_states: jax.Array
   time_vector: jax.Array | None
-  film: tuple[tuple[jax.Array, jax.Array], ...] | None
+  film: Modulation | None
 
 
 def _network_config(config_class: Any, torch_class: str, directory: str, fields: ml_collections.ConfigDict) -> Any:

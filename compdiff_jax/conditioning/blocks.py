@@ -54,7 +54,7 @@ def apply_block(layers: nnx.List, x: jax.Array, keep: jax.Array | None) -> jax.A
   return narrow(dropout(silu(widen(norm(x))), keep))
 
 
-class Composer(nnx.Module):
+class ConcatMLP(nnx.Module):
   """A block under the name `net`, over the concatenation of some nodes of each sample."""
 
   def __init__(self, d_in: int, d_hidden: int, d_out: int, dropout: float, rngs: nnx.Rngs):

@@ -53,9 +53,9 @@ class Composer(NamedTuple):
 def add_pairs(host: Any, names: Sequence[str], d_node: int, dropout: float, rngs: nnx.Rngs) -> None:
   named = blocks.pairs("compose", names)
   for name in named:
-    setattr(host, name, blocks.Composer(2 * d_node, 2 * d_node, d_node, dropout, rngs))
+    setattr(host, name, blocks.ConcatMLP(2 * d_node, 2 * d_node, d_node, dropout, rngs))
   if len(named) > 1:
-    host.compose_all = blocks.Composer(len(named) * d_node, 2 * d_node, d_node, dropout, rngs)
+    host.compose_all = blocks.ConcatMLP(len(named) * d_node, 2 * d_node, d_node, dropout, rngs)
 
 
 def pair_masks(names: Sequence[str], d_node: int) -> dict[str, tuple[int, ...]]:
@@ -76,7 +76,7 @@ def _add_hierarchical(host, names, config, rngs):
   if config.multi_token:
     for name in names:
       width = 2 * config.d_node
-      setattr(host, f"ctx_{name}", blocks.Composer(width, width, config.d_node, config.dropout, rngs))
+      setattr(host, f"ctx_{name}", blocks.ConcatMLP(width, width, config.d_node, config.dropout, rngs))
   _add_registers(host, config, rngs)
 
 
@@ -99,10 +99,10 @@ def _hierarchical(host, embeddings, masks):
 
 def _add_flat(host, names, config, rngs):
   width, hidden, rest = len(names) * config.d_node, config.flat_hidden, (config.dropout, rngs)
-  host.flat_stage1 = blocks.Composer(width, hidden, width, *rest)
-  host.flat_stage2 = blocks.Composer(width, hidden, config.d_node, *rest)
+  host.flat_stage1 = blocks.ConcatMLP(width, hidden, width, *rest)
+  host.flat_stage2 = blocks.ConcatMLP(width, hidden, config.d_node, *rest)
   if config.multi_token:
-    host.flat_stage3 = blocks.Composer(width + config.d_node, hidden, width, *rest)
+    host.flat_stage3 = blocks.ConcatMLP(width + config.d_node, hidden, width, *rest)
   _add_registers(host, config, rngs)
 
 

@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from compdiff_jax.conditioning.blocks import Silu
+from compdiff_jax.conditioning.interface import Modulation
 from compdiff_jax.models.layers import Dense, LayerNorm
-
-# (gamma, beta) of each residual block in the order of the forward pass, [B, C] each.
-Modulation = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class FiLM(nnx.Module):

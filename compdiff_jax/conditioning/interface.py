@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute
 
 Attributes = Mapping[str, jax.Array]
+# (gamma, beta) of each residual block of the UNet in the order of its forward pass, [B, C] each.
+Modulation = tuple[tuple[jax.Array, jax.Array], ...]
 
 
 class Regression(NamedTuple):
@@ -44,7 +46,7 @@ class ConditionerOutput(NamedTuple):
   Attributes:
     tokens: [B, T, d_ctx], appended to the text tokens; T may be 0.
     time_vector: [B, D], added to the UNet's time embedding.
-    film: (gamma, beta) of each residual block of the UNet in the order of its forward pass, [B, C] each.
+    film: modulation of the UNet's residual blocks.
     mu: [B, d], mean of the latent.
     log_sigma: [B, d], log standard deviation of the latent, in [-5, 1].
     h: [B, d], the composed node before the latent.
@@ -59,7 +61,7 @@ class ConditionerOutput(NamedTuple):
 
   tokens: jax.Array
   time_vector: jax.Array | None = None
-  film: tuple[tuple[jax.Array, jax.Array], ...] | None = None
+  film: Modulation | None = None
   mu: jax.Array | None = None
   log_sigma: jax.Array | None = None
   h: jax.Array | None = None
