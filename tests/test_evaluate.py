@@ -282,6 +282,12 @@ def test_a_reader_at_chance_voids_its_attribute(sets, monkeypatch):
   assert block["groups"][0]["measures"]["all attributes"]["synthetic"] == {"refusal": "void"}
 
 
+def test_the_size_of_a_data_set_is_that_of_its_first_record(sets, monkeypatch):
+  read, numbers = records.RecordSource.read, []
+  monkeypatch.setattr(records.RecordSource, "read", lambda self, own: numbers.extend(own) or read(self, own))
+  assert image_sets.square_size(sets[0], "test") == SIDE and set(numbers) == {0}
+
+
 def test_only_the_phantom_has_a_reader():
   assert isinstance(alignment.reader_for("phantom"), FactorReader)
   assert alignment.reader_for("chest") is None

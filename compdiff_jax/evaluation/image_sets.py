@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def load(
   path = Path(path)
   if not is_manifest(path):
     records = RecordSet(path)
-    name, schema, held_out, rows = records.name, records.schema, records.held_out, _record_rows(records, split)
+    name, schema, held_out, rows = records.name, records.schema, records.held_out, list(_record_rows(records, split))
   else:
     if (path / "schema.json").exists():
       schema = Schema.load(path / "schema.json")
@@ -180,15 +180,14 @@ def drawn(keys: Sequence[str], limit: int, seed: int) -> np.ndarray:
 def square_size(path: str | Path, split: str = "") -> int:
   """Side in pixels of the first image of a set; used to choose the common size before the images are read."""
   path = Path(path)
-  rows = _manifest_rows(path, None) if is_manifest(path) else _record_rows(RecordSet(path), split)
-  row = rows[0]
+  row = next(iter(_manifest_rows(path, None) if is_manifest(path) else _record_rows(RecordSet(path), split)))
   width, height, _ = _header(row.read(), row.where)
   if width != height:
     raise InputError(f"{row.where}: the image is {width}x{height}; give --size=PIXELS to resize to a square")
   return width
 
 
-def _record_rows(records: RecordSet, split: str) -> list[_Row]:
+def _record_rows(records: RecordSet, split: str) -> Iterator[_Row]:
   if records.latents is not None:
     raise InputError(f"{records.path} holds moments, not images; give the data set that they were encoded from")
   source = records.split(split)
@@ -204,7 +203,7 @@ def _record_rows(records: RecordSet, split: str) -> list[_Row]:
       where=f"{records.path} split {split}, record {record['key']}",
     )
 
-  return [row(i) for i in range(len(source))]
+  yield from map(row, range(len(source)))
 
 
 def _manifest_rows(path: Path, schema: Schema | None) -> list[_Row]:
