@@ -143,6 +143,7 @@ def base(kind: str = "typed") -> ml_collections.ConfigDict:
       "karras": False,
       "guidance": 7.5,
       "guidance_parts": "",  # weights of parts that differ, as "demographics=4,age=2" (sampling/guidance.py)
+      "null": "learned",  # the demographics of guidance's unconditional branch; or "zeros", as in the reference
       "guidance_rescale": 0.0,
       "negative": "",
       "batch_size": 16,

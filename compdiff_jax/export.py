@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     scheduler_config=to_diffusers(model.schedule, sampler_from_config(run.config.sample)),
     conditioner=(model.conditioner_config, params.get("conditioner", {}), model.schema),
     prompt_attributes=tuple(run.config.prompt_attributes),
+    null=run.config.sample.null,
     card={**_described(run, step, weights), "metrics": metrics},
     dtype=args.dtype,
     max_bytes=max_bytes,

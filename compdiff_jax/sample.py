@@ -12,7 +12,7 @@ from compdiff_jax import cli, default_config, distributed, sharding
 from compdiff_jax.diffusion.samplers import DEFAULT_SPACINGS, SPACINGS, make_table
 from compdiff_jax.metrics import Progress
 from compdiff_jax.sampling.gallery import sample_grid
-from compdiff_jax.sampling.guidance import parse_guidance
+from compdiff_jax.sampling.guidance import NULLS, parse_guidance
 from compdiff_jax.sampling.job import make_generate, run_job
 from compdiff_jax.sampling.plan import read_plan
 from compdiff_jax.sampling.sampler import sampler_from_config
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     "--guidance_parts", metavar="WEIGHTS", default=None, help="other weights of parts, as 'demographics=4,age=2'"
   )
+  parser.add_argument("--null", metavar="NAME", default=None, help=f"unconditional demographics: {', '.join(NULLS)}")
   parser.add_argument(
     "--guidance_rescale", type=float, default=None, help="0 to 1; against overexposure at high guidance"
   )
@@ -73,7 +74,7 @@ def sample(args: argparse.Namespace) -> None:
     raise cli.InputError(f"--batch_size {options.batch_size} must be at least 1")
   if not 0 <= options.guidance_rescale <= 1:
     raise cli.InputError(f"--guidance_rescale {options.guidance_rescale:g} must lie in 0 to 1")
-  guidance = parse_guidance(options.guidance, options.guidance_parts, run.model)
+  guidance = parse_guidance(options.guidance, options.guidance_parts, options.null, run.model)
   schema = run.model.schema
   conditioner = run.model.conditioner_config
   rows = read_plan(args.plan, schema, None if conditioner.represents_unknown else conditioner.select(schema))
@@ -104,6 +105,7 @@ def sample(args: argparse.Namespace) -> None:
     "karras": sampler.karras,
     "guidance": options.guidance,
     "guidance_parts": options.guidance_parts,
+    "null": options.null,
     "guidance_rescale": options.guidance_rescale,
   }
   progress = None

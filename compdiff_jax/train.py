@@ -84,7 +84,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
       f" {model.text_config.max_position_embeddings}; set it to at least that, or train the vocabulary with --length"
     )
   sampler_table = make_table(sampler_from_config(config.sample), model.schedule, config.sample.num_steps)
-  guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, model)
+  guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, config.sample.null, model)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   optimizer = make_optimizer(config.train)

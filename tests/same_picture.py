@@ -13,11 +13,11 @@ import torch
 from compdiff_jax.data.prompts import format_prompt
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.diffusion import trajectory
-from compdiff_jax.diffusion.guidance import composed_guidance
 from compdiff_jax.diffusion.samplers import Sampler, make_table
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.latent_diffusion import LatentDiffusion
+from compdiff_jax.sampling.guidance import Guidance, guided
 from tests import toy_export
 from tests.toy_diffusion import same_noise
 
@@ -83,40 +83,32 @@ class Pictures:
     numbers = jnp.arange(STEPS + 1)
     self.fresh = np.asarray(jax.jit(jax.vmap(lambda step: trajectory.step_noise(SEEDS, step, shape)))(numbers))
 
-    @jax.jit
-    def contexts(params, ids, negative_ids, attributes):
-      unknown = schema.unknown(len(ids))
-      return model.context(params, negative_ids, unknown)[0], model.context(params, ids, attributes)[0]
+    @functools.partial(jax.jit, static_argnames="rescale", compiler_options={"xla_llvm_disable_expensive_passes": True})
+    def predict(rows, guidance, rescale, *inputs):
+      return guided(model, *rows, guidance, rescale)(*inputs)
 
-    def predict(rescale, params, contexts, sample, timesteps):
-      unet = lambda sample, timesteps, context: model.unet(params, sample, timesteps, *context)  # noqa: E731
-      return composed_guidance(unet, contexts, [(1, 0, GUIDANCE)], rescale)(sample, timesteps)
-
-    both = contexts(params, tokenizer(prompts), tokenizer([NEGATIVE] * len(SEEDS)), encoded)
-    self._predict = {
-      rescale: jax.jit(
-        functools.partial(predict, rescale),
-        compiler_options={"xla_llvm_disable_expensive_passes": True},
-      )
-      for rescale in {case[2] for case in CASES}
-    }
-    self._arguments = params["unet"], both
+    self._rows = params, tokenizer(prompts), tokenizer([NEGATIVE] * len(SEEDS)), encoded
+    self._predict = predict
     self._decode = jax.jit(model.decode)
     self._params = params
 
-  def jax(self, schedule: NoiseSchedule, sampler: Sampler, rescale: float) -> tuple[np.ndarray, np.ndarray]:
+  def jax(
+    self, schedule: NoiseSchedule, sampler: Sampler, rescale: float, null: str = "learned"
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Latents [B, h, w, c] and pixels [B, S, S, 3] in 0 … 255."""
     table = make_table(sampler, schedule, STEPS)
 
     def predict(*inputs):
       with jax.disable_jit(False):
-        return self._predict[rescale](*self._arguments, *inputs)
+        return self._predict(self._rows, Guidance(GUIDANCE, null=null), rescale, *inputs)
 
     with jax.disable_jit():  # the loop in Python around the compiled network, or every sampler would compile it anew
       latents = trajectory.sample(predict, self.noise, lambda step: self.fresh[int(step)], table)
     return np.asarray(latents), np.asarray(self._decode(self._params, latents)).astype(float)
 
-  def torch(self, schedule: NoiseSchedule, sampler: Sampler, rescale: float) -> tuple[np.ndarray, np.ndarray]:
+  def torch(
+    self, schedule: NoiseSchedule, sampler: Sampler, rescale: float, **options: str
+  ) -> tuple[np.ndarray, np.ndarray]:
     """The same by the exported pipeline with the scheduler that an export of this sampler names."""
     config = to_diffusers(schedule, sampler)
     self.pipe.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -138,6 +130,7 @@ class Pictures:
         latents=torch.from_numpy(self.noise.transpose(0, 3, 1, 2).copy()),
         output_type="np",
         callback_on_step_end=remember,
+        **options,
         **VALUES,
       ).images
     return seen[-1].numpy().transpose(0, 2, 3, 1), images * 255

@@ -48,6 +48,7 @@ def run(imported, tmp_path_factory):
   (directory / "source.json").unlink()
   shutil.rmtree(directory / "checkpoints")
   config = to_plain(default_config.base("typed")) | json.loads((directory / "config.json").read_text())
+  config["sample"]["null"] = "zeros"
   config["data"].update(path="datasets/chest", mix=[["datasets/synthetic", 0.25]])
   (directory / "config.json").write_text(json.dumps(config))
   rows = [{"step": 5, "loss": 0.75}, {"step": 7, "loss": 0.5}]
@@ -75,6 +76,7 @@ def test_averaged_or_last_parameters(run, tmp_path, options, factor):
   stored = _stored(out / "conditioner")
   assert stored.keys() == expected.keys()
   assert all(torch.equal(value, factor * expected[name]) for name, value in stored.items())
+  assert json.loads((out / "model_index.json").read_text())["null"] == "zeros"  # that of config.sample
 
 
 def test_shards_in_half_precision(imported, tmp_path):

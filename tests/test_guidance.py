@@ -1,5 +1,7 @@
 """Weights for text, demographics and single attributes, against their formula with a UNet that is not additive."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +89,41 @@ def test_equal_weights_are_classifier_free_guidance(outputs):
   assert np.abs(plain - predict(Guidance(4.0, 1.0))).max() > 0.05
 
 
+def test_zero_null_in_place_of_the_learned_one():
+  """Zero tokens behind the text, a zero time vector and no modulation, wherever nothing is known."""
+  config = dataclasses.replace(CONFIG, d_time_emb=3, film_channels=(3,), film_hidden=4)
+
+  def network(params, noisy, timesteps, context, time_vector, film):
+    (gamma, beta) = (part[:, None, None] for part in film[0])
+    return jnp.tanh(jnp.mean(context, axis=1)[:, None, None, :3] + time_vector[:, None, None] + gamma * noisy + beta)
+
+  def guided_by(config, guidance):
+    model = model_of(config, network)
+    params = {"unet": {}, "conditioner": wide_params(model.conditioner)}
+    return jax.jit(lambda: guided(model, params, IDS, EMPTY, BATCH, guidance)(NOISY, TIMES))()
+
+  model = model_of(config, network)
+  params = {"unet": {}, "conditioner": wide_params(model.conditioner)}
+  known = lambda *names: {**CHEST.unknown(7), **{name: BATCH[name] for name in names}}  # noqa: E731
+  plain = lambda *names: network({}, NOISY, TIMES, *model.context(params, IDS, known(*names))[0])  # noqa: E731
+  all_known, age = jax.jit(lambda: (plain("age", "sex", "race"), plain("age")))()
+
+  def text_alone(ids):
+    text = jnp.broadcast_to(ids[:, :1, None], [7, 2, 8])
+    tokens = jnp.concatenate([text, jnp.zeros([7, 4, 8])], axis=1)
+    return network({}, NOISY, TIMES, tokens, jnp.zeros([7, 3]), [(jnp.ones([7, 3]), jnp.zeros([7, 3]))])
+
+  nothing, t = text_alone(EMPTY), text_alone(IDS)
+  zeros = guided_by(config, Guidance(3.0, null="zeros"))
+  np.testing.assert_allclose(zeros, nothing + 3.0 * (all_known - nothing), atol=1e-5)
+  assert np.abs(zeros - guided_by(config, Guidance(3.0))).max() > 0.05
+  expected = nothing + 3.0 * (t - nothing) + 2.0 * (all_known - t) + (5.0 - 2.0) * (age - t)
+  np.testing.assert_allclose(guided_by(config, Guidance(3.0, 2.0, {"age": 5.0}, "zeros")), expected, atol=1e-5)
+  without_nulls = dataclasses.replace(config, unconditional="zeros")
+  same = [guided_by(without_nulls, Guidance(3.0, 2.0, null=null)) for null in ("learned", "zeros")]
+  np.testing.assert_allclose(*same, atol=1e-6)
+
+
 def test_only_what_differs_is_computed():
   rows = []
 
@@ -112,14 +149,17 @@ def test_partial_conditioning_and_ages_between(outputs):
 
 
 def test_weights_are_read():
-  assert parse_guidance(7.5, "", MODEL) == Guidance(7.5, None, {})
-  assert parse_guidance(7.5, "demographics=4, age=-1.5", MODEL) == Guidance(7.5, 4.0, {"age": -1.5})
+  assert parse_guidance(7.5, "", "learned", MODEL) == Guidance(7.5, None, {})
+  parts = "demographics=4, age=-1.5"
+  assert parse_guidance(7.5, parts, "zeros", MODEL) == Guidance(7.5, 4.0, {"age": -1.5}, "zeros")
+  with pytest.raises(InputError, match="unknown null 'zero'; did you mean 'zeros'"):
+    parse_guidance(7.5, "", "zero", MODEL)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_scale_is_finite(scale):
   with pytest.raises(InputError, match=f"guidance {scale} must be a finite number"):
-    parse_guidance(scale, "", MODEL)
+    parse_guidance(scale, "", "learned", MODEL)
 
 
 @pytest.mark.parametrize(
@@ -136,4 +176,4 @@ def test_a_scale_is_finite(scale):
 )
 def test_weights_that_are_refused(parts, config, words):
   with pytest.raises(InputError, match=f"guidance_parts.*{words}"):
-    parse_guidance(7.5, parts, model_of(config))
+    parse_guidance(7.5, parts, "learned", model_of(config))

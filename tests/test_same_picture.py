@@ -28,6 +28,14 @@ def test_same_picture(case, pictures, drawn):
   np.testing.assert_allclose(pixels, their_pixels, atol=2, rtol=0)
 
 
+def test_same_picture_with_the_zero_null(pictures, drawn):
+  case = same_picture.CASES[1]
+  (latents, pixels), (their_latents, their_pixels) = pictures.jax(*case, "zeros"), pictures.torch(*case, null="zeros")
+  np.testing.assert_allclose(latents, their_latents, atol=1e-3, rtol=0)
+  np.testing.assert_allclose(pixels, their_pixels, atol=2, rtol=0)
+  assert np.abs(latents - drawn[case][0]).max() > 0.01
+
+
 def test_samplers_differ(drawn):
   """So that the comparison above could fail."""
   for (first, _), (second, _) in itertools.combinations(drawn.values(), 2):

@@ -44,6 +44,7 @@ def test_manifest_lists_every_image_with_its_hash_and_provenance(samples):
     facts = json.loads(image.text["Generation"])
     assert facts["seed"] == int(row["seed"]) and facts["attributes"]["sex"] == row["sex"]
     assert (facts["checkpoint_step"], facts["weights"], facts["sampler"]) == (8, "ema", "ddim")
+    assert (facts["null"], row["null"]) == ("learned", "learned")
 
 
 def test_grid_holds_one_tile_per_cell(samples):

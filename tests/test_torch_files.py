@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ from compdiff_jax.interop import weights
 from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES
 from compdiff_jax.interop.schedulers import to_diffusers
 from compdiff_jax.interop.torch_files import conditioner as torch_conditioners
+from compdiff_jax.interop.torch_files.pipeline import CompDiffPipeline
 from tests import torch_states
 from tests.toy_export import (
   SCHEDULE,
@@ -148,6 +150,34 @@ def test_latents_equal_jax_after_ten_ddim_steps(variant, pipes, exported):
   ).images.numpy()
   change = np.abs(plain.transpose(0, 2, 3, 1) - latents[None]).max(axis=(1, 2, 3))
   assert change[0] > 0.05 and change[1] > 0.05 and change[2] < 1e-4
+
+
+def test_the_zero_null_takes_every_route():
+  config = TypedConfig(d_node=16, d_ctx=24, aux_hidden_dim=0, d_time_emb=8, film_channels=(4, 6), film_hidden=8)
+  fields = {name: value for name, value in config.to_dict().items() if name != "kind"}
+  theirs = torch_conditioners.TypedConditioner(schema=SCHEMA.to_json(), **fields).eval()
+  host = types.SimpleNamespace(conditioner=theirs)
+  tokens, time_vector, modulation = CompDiffPipeline._unconditional(host, 2, "zeros")
+  assert tokens.shape == (2, 4, 24) and not tokens.any()
+  assert time_vector.shape == (2, 8) and not time_vector.any()
+  assert [gamma.shape for gamma, _ in modulation] == [(2, 4), (2, 6)]
+  assert all((gamma == 1).all() and not beta.any() for gamma, beta in modulation)
+  tokens, time_vector, modulation = CompDiffPipeline._unconditional(host, 2, "learned")
+  assert tokens.any() and time_vector.any() and all(beta.any() for _, beta in modulation)
+
+
+def test_an_export_names_its_null(tmp_path, tokenizer_dir, exported, pipes):
+  assert json.loads((exported["nulls"] / "model_index.json").read_text())["null"] == "learned"
+  of_zeros = load(export(tmp_path / "zeros", tokenizer_dir, "nulls", null="zeros"))
+
+  def draw(pipe, **options):
+    options |= {"latents": torch.ones(1, 4, 8, 8), "num_inference_steps": 1, "output_type": "latent"}
+    return pipe("x", age=64, **options).images
+
+  zeros = draw(of_zeros)
+  assert torch.equal(zeros, draw(pipes["nulls"], null="zeros"))
+  assert torch.equal(draw(of_zeros, null="learned"), draw(pipes["nulls"]))
+  assert (zeros - draw(pipes["nulls"])).abs().max() > 1e-3
 
 
 FINDINGS = Attribute("findings", "multilabel", values=("Edema", "Effusion", "Fracture"))
@@ -292,6 +322,7 @@ def test_a_swapped_scheduler(pipes):
     ("nulls", {"age": True}, "age=True"),
     ("nulls", {"race": ["white", "other"]}, "race='other' is not accepted: give one of white, black, asian"),
     ("nulls", {"group": "A"}, "unknown attribute or option 'group'; this model's attributes are age, sex, race"),
+    ("nulls", {"null": "zero"}, "null='zero' is not accepted: give 'learned' or 'zeros'"),
     ("nulls", {"prompt_embeds": None}, "unknown attribute or option 'prompt_embeds'"),
     ("nulls", {"age": [20, 30], "sex": ["male"] * 3}, "lists of different lengths: age 2, sex 3"),
     ("released", {"age": 20, "sex": "male"}, "no learned nulls: give race too, or leave all"),

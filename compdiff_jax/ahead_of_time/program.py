@@ -132,7 +132,7 @@ def trace_sampler(config: ml_collections.ConfigDict, schema: Schema, devices: Se
   sampler = make_sampler(model, table, options.guidance_rescale)
   names = [name for name in ("unet", "vae", "text_encoder", "conditioner") if model.component(name).shapes]
   params = {name: model.component(name).shapes for name in names}
-  guidance = parse_guidance(options.guidance, options.guidance_parts, model)
+  guidance = parse_guidance(options.guidance, options.guidance_parts, options.null, model)
   mesh = None if devices is None else sharding.make_mesh(sharding.DATA_PARALLEL, devices)
   size = padded_batch(options.batch_size, mesh.size if mesh else 1)
   rows = (_ids(model, size), _ids(model, size), _attributes(schema, size), jax.ShapeDtypeStruct((size,), jnp.uint32))

@@ -47,6 +47,7 @@ _PIPELINE_KEYWORDS = (
   "generator",
   "latents",
   "output_type",
+  "null",
 )
 
 
@@ -54,11 +55,12 @@ def _write_json(path: Path, data: Any) -> None:
   path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _model_index(conditioner_class: str | None, scheduler_class: str) -> dict[str, Any]:
+def _model_index(conditioner_class: str | None, scheduler_class: str, null: str) -> dict[str, Any]:
   """The index of our pipeline, or of plain Stable Diffusion where there is no class of a conditioner."""
   own = {"_class_name": "StableDiffusionPipeline"}
   if conditioner_class:
     own = {"_class_name": ["pipeline", "CompDiffPipeline"], "conditioner": ["conditioner", conditioner_class]}
+    own["null"] = null
   return {
     **own,
     "_diffusers_version": _DIFFUSERS_VERSION,
@@ -101,6 +103,7 @@ def write_export(
   scheduler_config: Mapping[str, Any],
   conditioner: tuple[ConditionerConfig, Mapping[str, Any], Schema],
   prompt_attributes: Sequence[str] = (),
+  null: str = "learned",
   card: Mapping[str, Any],
   dtype: str = "float32",
   max_bytes: int | None = None,
@@ -116,6 +119,7 @@ def write_export(
     scheduler_config: the scheduler_config.json with its `_class_name`, `interop.schedulers.to_diffusers`.
     conditioner: config, flat parameters and the schema of the data set (every attribute the pipeline accepts).
     prompt_attributes: names put in front of the text, as in `data.prompts.format_prompt`.
+    null: what our pipeline takes where its caller does not say, one of `sampling.guidance.NULLS`.
     card: see `model_card.model_card`.
     dtype: stored type of all weights: "float32", "float16" or "bfloat16".
     max_bytes: the most data in one file of weights; None for single files.
@@ -165,5 +169,5 @@ def write_export(
     facts = (config.hierarchical, config.represents_unknown, bool(conditioner_class))
     text = model_card(card, schema, used, prompt_attributes, *facts, note)
     (directory / "README.md").write_text(text)
-    _write_json(directory / "model_index.json", _model_index(conditioner_class, scheduler["_class_name"]))
+    _write_json(directory / "model_index.json", _model_index(conditioner_class, scheduler["_class_name"], null))
   return Path(out)

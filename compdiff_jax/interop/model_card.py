@@ -97,7 +97,8 @@ def model_card(
   how = (
     f"`trust_remote_code=True` runs `pipeline.py` and `conditioner/conditioner.py` of this directory. {unknown} "
     "Values outside the table are refused. Lists give a batch; `negative_prompt`, `guidance_scale`, "
-    "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion."
+    "`num_inference_steps`, `generator` and `latents` mean what they mean in Stable Diffusion. "
+    '`null="zeros"` guides away from zero demographic tokens, `null="learned"` from those of unknown attributes.'
   )
   words = (
     "Demographics are words of the prompt, and a prompt without them is drawn without. The model was trained with\n\n"

@@ -53,6 +53,7 @@ class CompDiffPipeline(StableDiffusionPipeline):
     feature_extractor=None,
     image_encoder=None,
     requires_safety_checker: bool = False,
+    null: str = "learned",
   ):
     config = scheduler.config
     super().__init__(
@@ -69,6 +70,7 @@ class CompDiffPipeline(StableDiffusionPipeline):
     # Stable Diffusion's pipeline sets `steps_offset` to 1, whatever the model was trained and sampled with.
     scheduler._internal_dict = config
     self.register_modules(conditioner=conditioner)
+    self.register_to_config(null=null)
 
   def _split_keywords(self, keywords):
     """Keywords to (attributes, options). An attribute of the model wins over an option of the same name."""
@@ -89,6 +91,17 @@ class CompDiffPipeline(StableDiffusionPipeline):
       raise ValueError(f"lists of different lengths: {', '.join(f'{name} {size}' for name, size in sizes.items())}")
     return next(iter(sizes.values()), 1)
 
+  def _unconditional(self, batch, null):
+    """Tokens, time vector and modulation of samples of which nothing is known; with "zeros" the UNet sees none."""
+    unknown = self.conditioner.unknown(batch)
+    (tokens, time_vector), modulation = self.conditioner(unknown), self.conditioner.modulation(unknown)
+    if null == "zeros":
+      tokens = torch.zeros_like(tokens)
+      time_vector = None if time_vector is None else torch.zeros_like(time_vector)
+      if modulation is not None:
+        modulation = [(torch.ones_like(gamma), torch.zeros_like(beta)) for gamma, beta in modulation]
+    return tokens, time_vector, modulation
+
   @torch.no_grad()
   def __call__(
     self,
@@ -99,6 +112,7 @@ class CompDiffPipeline(StableDiffusionPipeline):
     generator=None,
     latents=None,
     output_type="pil",
+    null=None,
     **attributes,
   ):
     """Generates images.
@@ -111,12 +125,16 @@ class CompDiffPipeline(StableDiffusionPipeline):
       generator: torch generator, or one for each image.
       latents: initial noise [N, channels, height / 8, width / 8]; drawn from the generator if not given.
       output_type: "pil", "np", "pt" or "latent".
+      null: demographics of the unconditional branch, "learned" nulls or "zeros"; as the model was sampled if not given.
       **attributes: the model's attributes by name, one value or one for each prompt; None or left out is unknown.
         Options of StableDiffusionPipeline such as `height` and `num_images_per_prompt` are taken here too.
 
     Returns:
       A StableDiffusionPipelineOutput with `images`.
     """
+    null = self.config.null if null is None else null
+    if null not in ("learned", "zeros"):
+      raise ValueError(f"null={null!r} is not accepted: give 'learned' or 'zeros'")
     values, options = self._split_keywords(attributes)
     batch = self._batch_size(prompt=prompt, negative_prompt=negative_prompt, **values)
     encoded = self.conditioner.encode_batch(values, batch)
@@ -134,10 +152,10 @@ class CompDiffPipeline(StableDiffusionPipeline):
     context, negative_context, time_vectors = torch.cat([text, tokens.to(text)], dim=1), None, [time_vector]
     modulations = [self.conditioner.modulation(encoded)]
     if guided:
-      tokens, time_vector = self.conditioner(self.conditioner.unknown(batch))
+      tokens, time_vector, modulation = self._unconditional(batch, null)
       negative_context = torch.cat([negative_text, tokens.to(text)], dim=1)
       time_vectors.insert(0, time_vector)  # diffusers runs the negative half of the batch first
-      modulations.insert(0, self.conditioner.modulation(self.conditioner.unknown(batch)))
+      modulations.insert(0, modulation)
     copies = options.get("num_images_per_prompt", 1)
     with self._time_vectors(time_vectors, copies), self._modulated(modulations, copies):
       return super().__call__(
