@@ -12,7 +12,9 @@ from PIL import Image
 
 from compdiff_jax import default_config, export, plan, sample, sharding
 from compdiff_jax.checkpoint import Checkpoints
+from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.diffusion.samplers import Sampler
+from compdiff_jax.sampling.job import run_job
 from compdiff_jax.sampling.sampler import sampler_from_config
 from compdiff_jax.workdir import open_run
 
@@ -61,6 +63,22 @@ def test_interrupted_job_resumes_with_the_same_images(samples):
   (directory / "000004.png").write_bytes(b"half")
   sample.main(arguments)
   assert {row["file"]: row["sha256"] for row in _manifest(directory)} == before
+
+
+def test_a_job_killed_while_it_begins_resumes(workspace, tmp_path):
+  """Whatever is there of job.json, schema.json and manifest.csv when the kill comes."""
+  schema = Schema.load(workspace / "data" / "schema.json")
+  begin = lambda out: list(run_job(out, [], schema, None, {"step": 8}, 1))  # noqa: E731
+  begin(tmp_path / "whole")
+  files = {name: (tmp_path / "whole" / name).read_bytes() for name in ("job.json", "schema.json", "manifest.csv")}
+  for number in range(4):
+    out = tmp_path / str(number)
+    out.mkdir()
+    (out / ".job.json.part").write_text("{")
+    for name in list(files)[:number]:
+      (out / name).write_bytes(files[name])
+    assert begin(out) == [0]
+    assert {name: (out / name).read_bytes() for name in files} == files
 
 
 def test_job_resumes_with_the_same_model_only(samples, trained, tmp_path, fails):
@@ -116,7 +134,7 @@ def test_attributes_change_the_image_and_raw_weights_differ(samples, trained, tm
 def test_sampler_and_negative_prompt(trained, tmp_path):
   """The options of the command, the plan's own negative prompts, and a manifest that tells and repeats them."""
   (tmp_path / "plan.csv").write_text(
-    "text,age,sex,group,seed,negative\nclear,50,male,A,3,\nclear,50,male,A,3,effusion\n"
+    "id,text,age,sex,group,seed,negative\nx1,clear,50,male,A,3,\n,clear,50,male,A,3,effusion\n"
   )
   options = ["--sampler=euler_ancestral", "--num_steps=3", "--timestep_spacing=trailing", "--guidance=4"]
 
@@ -132,7 +150,9 @@ def test_sampler_and_negative_prompt(trained, tmp_path):
   }  # fmt: skip
   assert all(facts.items() <= row.items() for row in first)
   assert [row["negative"] for row in first] == ["blurred", "effusion"]
-  assert json.loads(Image.open(tmp_path / "first" / "000000.png").text["Generation"])["negative"] == "blurred"
+  assert [row["id"] for row in first] == ["x1", ""]
+  own = json.loads(Image.open(tmp_path / "first" / "000000.png").text["Generation"])
+  assert (own["id"], own["negative"]) == ("x1", "blurred")
   again = run("again", tmp_path / "first" / "manifest.csv", "--guidance_rescale=0.5")
   assert [row["sha256"] for row in again] == [row["sha256"] for row in first]
   plain = run("plain", tmp_path / "plan.csv")

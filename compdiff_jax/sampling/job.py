@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from PIL import Image, PngImagePlugin
 
 from compdiff_jax import __version__, distributed, sharding
-from compdiff_jax.cli import InputError, writing
+from compdiff_jax.cli import InputError, write_whole, writing
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import differences
 from compdiff_jax.data.prompts import format_prompt
@@ -88,7 +88,7 @@ def run_job(
       stands in the manifest. A directory begun with other settings or another plan is refused.
   """
   job = {"settings": dict(settings), "plan": _plan_hash(rows, schema), "rows": len(rows)}
-  columns = ["file", "sha256", "text", *schema.names, "seed", "negative", *settings]
+  columns = ["file", "sha256", "id", "text", *schema.names, "seed", "negative", *settings]
   done = distributed.from_writer(lambda: _open_output(out, job, columns, schema))
   yield done
   with contextlib.ExitStack() as resources:
@@ -104,14 +104,15 @@ def run_job(
         if not distributed.is_writer():
           break
         values = {a.name: a.decode(row.attributes[a.name]) for a in schema}
-        facts = {"text": row.text, "attributes": values, "seed": row.seed, "negative": row.negative}
+        facts = {"id": row.id, "text": row.text, "attributes": values, "seed": row.seed, "negative": row.negative}
         data = _encode_png(image, {**settings, **facts})
         name = f"{index:06d}.png"
         with writing(out):
           (out / f".{name}").write_bytes(data)
           (out / f".{name}").replace(out / name)
           digest = hashlib.sha256(data).hexdigest()
-          manifest.writerow([name, digest, row.text, *values.values(), row.seed, row.negative, *settings.values()])
+          own = (row.id, row.text, *values.values(), row.seed, row.negative)
+        manifest.writerow([name, digest, *own, *settings.values()])
       if distributed.is_writer():
         file.flush()
       yield start + len(chunk)
@@ -121,43 +122,48 @@ def _plan_hash(rows: Sequence[PlanRow], schema: Schema) -> str:
   digest = hashlib.sha256()
   for row in rows:
     values = [schema[name].decode(row.attributes[name]) for name in schema.names]
-    digest.update(json.dumps([row.text, values, row.seed, row.negative]).encode())
+    digest.update(json.dumps([row.id, row.text, values, row.seed, row.negative]).encode())
   return digest.hexdigest()
 
 
 def _open_output(out: Path, job: Mapping[str, Any], columns: Sequence[str], schema: Schema) -> int:
   """Starts the directory, or checks what an interrupted job left there; returns how many rows are finished."""
-  if not (out / "job.json").exists():
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-      raise InputError(f"{out} is not an empty directory and holds no sampling job (no job.json); give a new directory")
-    with writing(out):
-      out.mkdir(parents=True, exist_ok=True)
-      schema.save(out / "schema.json")
-      with (out / "manifest.csv").open("w", newline="") as file:
-        csv.writer(file).writerow(columns)
-      (out / "job.json").write_text(json.dumps(job, indent=2) + "\n")
-    return 0
-  begun = json.loads((out / "job.json").read_text())
-  changed = differences(begun, json.loads(json.dumps(job)))
-  if changed:
-    raise InputError(
-      f"{out} was begun with another plan, checkpoint or settings ({'; '.join(changed[:4])}); give a new directory"
-    )
+  description = out / "job.json"
+  if description.exists():
+    changed = differences(json.loads(description.read_text()), json.loads(json.dumps(job)))
+    if changed:
+      raise InputError(
+        f"{out} was begun with another plan, checkpoint or settings ({'; '.join(changed[:4])}); give a new directory"
+      )
+  elif out.exists() and (not out.is_dir() or any(path.name != ".job.json.part" for path in out.iterdir())):
+    raise InputError(f"{out} is not an empty directory and holds no sampling job (no job.json); give a new directory")
+  with writing(out):
+    out.mkdir(parents=True, exist_ok=True)
+    # First and whole: from here on the directory is the job's, whatever a kill leaves of the rest.
+    write_whole(description, json.dumps(job, indent=2) + "\n")
+    schema.save(out / "schema.json")
+    kept = _finished_rows(out, columns)
+    temporary = out / ".manifest.csv"
+    with temporary.open("w", newline="") as file:
+      csv.writer(file).writerows([columns, *kept])
+    temporary.replace(out / "manifest.csv")
+  return len(kept)
+
+
+def _finished_rows(out: Path, columns: Sequence[str]) -> list[list[str]]:
+  """The rows of the manifest up to the first that a kill cut short or whose image is not whole."""
+  if not (out / "manifest.csv").exists():
+    return []
   with (out / "manifest.csv").open(newline="") as file:
     entries = list(csv.reader(file))[1:]
   kept = []
   for index, entry in enumerate(entries):
-    # A kill may have cut the last line short; from the first row that is not whole, everything is made again.
     path = out / f"{index:06d}.png"
     whole = len(entry) == len(columns) and entry[0] == path.name and path.exists()
     if not whole or hashlib.sha256(path.read_bytes()).hexdigest() != entry[1]:
       break
     kept.append(entry)
-  temporary = out / ".manifest.csv"
-  with temporary.open("w", newline="") as file:
-    csv.writer(file).writerows([columns, *kept])
-  temporary.replace(out / "manifest.csv")
-  return len(kept)
+  return kept
 
 
 def _encode_png(image: np.ndarray, provenance: Mapping[str, Any]) -> bytes:
