@@ -130,8 +130,17 @@ def _metrics(directory: Path) -> dict[str, str]:
 
 
 def _figure(row: dict[str, Any]) -> str:
+  """Value, numbers of images, reference and status, as far as the row has them."""
   if row.get("value") is None:
     return row.get("status", "not measured")
-  interval = f" ({row['lo']:.4g} to {row['hi']:.4g})" if row.get("lo") is not None else ""
-  number = f", {row['n_synthetic']} synthetic images" if "n_synthetic" in row else ""
-  return f"{row['value']:.4g}{interval}{number}"
+  counts = [f"{row[key]} {side}" for key, side in (("n_synthetic", "synthetic"), ("n_real", "real")) if key in row]
+  images = f", {' and '.join(counts)} images" if counts else ""
+  reference = row.get("reference_name", "")
+  if "reference" in row:
+    reference += f": {_with_interval(row['reference'], row.get('reference_lo'), row.get('reference_hi'))}"
+  value = _with_interval(row["value"], row.get("lo"), row.get("hi"))
+  return "; ".join(filter(None, (f"{value}{images}", reference, row.get("status"))))
+
+
+def _with_interval(value: float, low: float | None, high: float | None) -> str:
+  return f"{value:.4g}" if low is None else f"{value:.4g} ({low:.4g} to {high:.4g})"

@@ -15,6 +15,7 @@ from compdiff_jax import cli, evaluate
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data import records
 from compdiff_jax.evaluation import alignment, features, image_sets
+from compdiff_jax.evaluation import report as reports
 from compdiff_jax.evaluation.phantom_factors import FactorReader
 
 SIDE = 32
@@ -188,6 +189,13 @@ def test_report_of_a_good_set(sets, tmp_path, capsys):
   assert "A <disc>." not in text
   assert "Every intersection" in text
   assert "reconstructions below" in text
+
+
+def test_the_printed_table_says_why_a_value_does_not_rank():
+  row = {"measure": "FD [x]", "group": "overall", "value": 9.13, "status": "rank deficient (d=59)"}
+  blocks = dict.fromkeys(("warnings", "failures", "refused"), ())
+  printed = reports.printed_table({"extractors": [{"label": "x"}], "headline": [row], **blocks})
+  assert "9.13, rank deficient (d=59)" in printed
 
 
 def test_small_groups_carry_no_number(sets, tmp_path):

@@ -195,9 +195,11 @@ def test_what_the_reference_cannot_hold(config, schema, prompts, message):
 
 def test_model_card(run, tmp_path, fails):
   rows = [
-    {"measure": "KID [x]", "group": "overall", "value": 0.0123, "lo": 0.01, "hi": 0.02, "n_real": 9, "n_synthetic": 8},
+    {"measure": "KID [x]", "group": "overall", "value": 0.0123, "lo": 0.01, "hi": 0.02, "n_real": 9, "n_synthetic": 8,
+     "reference": 0.001, "reference_lo": -0.02, "reference_hi": 0.03, "reference_name": "real, n=4"},
     {"measure": "KID [x]", "group": "age=80+", "n_real": 2, "n_synthetic": 8, "status": "n < 50"},
-  ]
+    {"measure": "FD [x]", "group": "overall", "value": 9.13, "status": "rank deficient (d=59)"},
+  ]  # fmt: skip
   report = tmp_path / "report"
   report.mkdir()
   (report / "report.json").write_text(json.dumps({"headline": rows}))
@@ -210,7 +212,8 @@ def test_model_card(run, tmp_path, fails):
     "| learning rate | 1e-05 |",
     "| training loss | 0.5 |",
     "| sex | male, female | tokens |",
-    "| KID [x], overall | 0.0123 (0.01 to 0.02), 8 synthetic images |",
+    "| KID [x], overall | 0.0123 (0.01 to 0.02), 8 synthetic and 9 real images; real, n=4: 0.001 (-0.02 to 0.03) |",
+    "| FD [x], overall | 9.13; rank deficient (d=59) |",
     "| KID [x], age=80+ | n < 50 |",
     "For research only.",
   ):

@@ -159,7 +159,7 @@ def printed_table(results: Mapping[str, Any]) -> str:
     if any(label in row["measure"] for label in other):
       continue
     if "value" in row:
-      value = page.number(row["value"])
+      value = ", ".join(filter(None, (page.number(row["value"]), row.get("status"))))
       interval = f"{page.number(row['lo'])} to {page.number(row['hi'])}" if "lo" in row else ""
     else:
       value, interval = row["status"], ""
