@@ -14,7 +14,7 @@ from PIL import Image
 from compdiff_jax import cli, evaluate
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data import records
-from compdiff_jax.evaluation import alignment, features, image_sets
+from compdiff_jax.evaluation import alignment, features, image_sets, neighbours
 from compdiff_jax.evaluation import report as reports
 from compdiff_jax.evaluation.phantom_factors import FactorReader
 
@@ -205,6 +205,9 @@ def test_small_groups_carry_no_number(sets, tmp_path):
   assert held["refusal"].startswith("not evaluable (n=")
   assert held["fidelity"] == {}
   assert HELD_OUT in report["refused"]
+  assert HELD_OUT not in report["neighbours"]["below"]
+  (copies,) = [r for r in read_table(tmp_path / "out", "copies.csv") if r["group"] == HELD_OUT]
+  assert (copies["value"], copies["status"]) == ("", held["refusal"])
   assert "not evaluable (n=" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -234,6 +237,35 @@ def test_copies_of_training_images_are_flagged(sets, synthetic, tmp_path):
   report, _ = load_report(tmp_path / "out")
   assert report["neighbours"]["below"]["overall"]["value"] == pytest.approx(0.5, abs=0.05)
   assert report["neighbours"]["control"]["value"] == 1
+  assert report["neighbours"]["real"]["count"] == 2  # of 120
+
+
+def read_table(out, name):
+  with open(out / "tables" / name, newline="") as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(("cause", "status"), [("leak", "void: 0 of 20 planted"), ("few", "not evaluable (n=60 held")])
+def test_a_copy_check_without_a_threshold_publishes_no_share(sets, tmp_path, capsys, monkeypatch, cause, status):
+  """In the printed table, the page, the tables and what the model card is made of."""
+  whole = neighbours.copy_check
+
+  def check(synthetic, real, train, *rest):
+    return whole(synthetic, real[:60] if cause == "few" else np.concatenate([train, train]), train, *rest)
+
+  monkeypatch.setattr(neighbours, "copy_check", check)
+  assert run(*sets, tmp_path / "out") == 0
+  report, _ = load_report(tmp_path / "out")
+  rows = [row for row in report["headline"] if row["measure"] == "share below the 1 % copy distance"]
+  assert {row["group"] for row in rows} == {"overall", "held-out (pair-unseen)"}
+  assert all(row["status"].startswith(status) and "value" not in row for row in rows)
+  assert any(warning.startswith(f"copy check: {status}") for warning in report["warnings"])
+  assert status in capsys.readouterr().out
+  page = (tmp_path / "out" / "report.html").read_text()
+  assert status in page.partition("<h2>Nearest training images</h2>")[2]
+  assert ("Most similar pairs" in page) == (cause == "few")
+  shares = [row for row in read_table(tmp_path / "out", "copies.csv") if row["metric"].startswith("share")]
+  assert shares and all(row["value"] == "" and row["status"].startswith(status) for row in shares)
 
 
 class DiscReader:

@@ -323,12 +323,34 @@ def test_nearest_rows_equal_brute_force(monkeypatch):
 
 def test_copies_of_training_images_are_found_where_they_are():
   rng = np.random.default_rng(1)
-  train, real, synthetic = (rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for n in (60, 50, 40))
+  train, real, synthetic = (rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for n in (60, 150, 40))
   synthetic[10:20] = np.clip(train[:10].astype(int) + 1, 0, 255)
   rows = {"overall": np.arange(40), "copied": np.arange(10, 20), "new": np.arange(20, 40)}
   found = neighbours.copy_check(synthetic, real, train, rows, seed=0, pairs=4)
   assert found["below"]["copied"]["value"] == 1
   assert found["below"]["new"]["value"] <= 0.1
   assert found["control"]["value"] == 1
+  # Position 1.49 of the sorted distances: two lie under it.
+  assert (found["status"], found["real"]) == ("ok", {"value": 2 / 150, "count": 2, "n": 150})
   assert all(pair["synthetic"] - 10 == pair["train"] for pair in found["pairs"])
   assert found["pairs"][0]["distance"] == pytest.approx(1 / 255, rel=0.02)
+
+
+def test_one_hundredth_of_few_images_is_no_threshold():
+  rng = np.random.default_rng(2)
+  train, real, synthetic = (rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for n in (60, 99, 40))
+  found = neighbours.copy_check(synthetic, real, train, {"overall": np.arange(40)}, seed=0)
+  assert found["status"] == "not evaluable (n=99 held-out real images; their 1 % distance needs 100)"
+  assert (found["threshold"], found["real"], found["control"], found["below"]) == (None, None, None, {})
+  assert [list(found["quantiles"][side]) for side in ("synthetic", "real")] == [["0.05", "0.5"]] * 2
+  assert len(found["pairs"]) == 8
+
+
+def test_a_check_that_misses_planted_copies_is_void():
+  """Held-out images that are training images themselves leave no distance under which copies would be conspicuous."""
+  rng = np.random.default_rng(3)
+  train, synthetic = (rng.integers(0, 256, (n, 16, 16, 3), np.uint8) for n in (120, 40))
+  found = neighbours.copy_check(synthetic, train, train, {"overall": np.arange(40)}, seed=0)
+  assert found["status"] == "void: 0 of 20 planted copies of training images were found"
+  assert (found["below"], found["pairs"], found["threshold"]) == ({}, [], None)
+  assert found["quantiles"] == {"synthetic": {}, "real": {}}

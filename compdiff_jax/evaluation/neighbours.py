@@ -3,12 +3,13 @@
 Distances are root mean square pixel differences of images reduced to at most 64 px, in [0, 1] units, in float32.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 SIDE = 64
 QUANTILES = (0.01, 0.05, 0.5)
+LEAST_REAL = 100  # one hundredth of fewer held-out images is less than one image
 _ROWS = 512
 _PLANTED = 20
 _NOISE = 2.0  # grey levels of 255
@@ -67,9 +68,11 @@ def copy_check(
     pairs: number of most similar pairs to list.
 
   Returns:
-    `threshold`: the distance under which 1 % of held-out real images fall; `below`: share of synthetic images under
-    it, overall and per group; `control`: the same share of planted training copies with light noise, which must be 1
-    for the check to mean anything; quantiles of both sets; `pairs` [{synthetic, train, distance}] as row numbers.
+    `status`: "ok", "not evaluable (…)" or "void: …"; `threshold`: the distance under which 1 % of held-out real images
+    fall; `below`: share of synthetic images under it per group; `real`: the same of held-out real images; `control`:
+    the same of planted training copies with light noise, which must be 1 for the check to mean anything; quantiles of
+    both sets, as far as they have the images; `pairs` [{synthetic, train, distance}] as row numbers. Without
+    `LEAST_REAL` real images there is no threshold and no share, and a void check has no other figure than `control`.
   """
   grey = is_grey(train)
   rng = np.random.default_rng(seed)
@@ -78,24 +81,40 @@ def copy_check(
   points = as_vectors(train, grey)
   index, distance = nearest_rows(as_vectors(synthetic, grey), points)
   real_distance = nearest_rows(as_vectors(real, grey), points)[1]
-  control = nearest_rows(as_vectors(planted, grey), points)[1]
-  threshold = float(np.quantile(real_distance, 0.01))
   order = np.lexsort((np.arange(len(distance)), distance))[:pairs]
-  return {
+  found = {
+    "status": f"not evaluable (n={len(real)} held-out real images; their 1 % distance needs {LEAST_REAL})",
     "space": f"pixels, {train.shape[1]}x{train.shape[2]} px, {'grey' if grey else 'RGB'}, RMS difference in [0, 1]",
     "n_synthetic": len(synthetic),
     "n_real": len(real),
     "n_train": len(train),
     "quantiles": {"synthetic": _quantiles(distance), "real": _quantiles(real_distance)},
+    "threshold": None,
+    "below": {},
+    "real": None,
+    "control": None,
+    "pairs": [{"synthetic": int(i), "train": int(index[i]), "distance": float(distance[i])} for i in order],
+  }
+  if len(real) < LEAST_REAL:
+    return found
+  threshold = float(np.quantile(real_distance, 0.01))
+  control = _share(nearest_rows(as_vectors(planted, grey), points)[1] < threshold)
+  if control["count"] < control["n"]:
+    status = f"void: {control['count']} of {control['n']} planted copies of training images were found"
+    return {**found, "status": status, "control": control, "quantiles": {"synthetic": {}, "real": {}}, "pairs": []}
+  return {
+    **found,
+    "status": "ok",
     "threshold": threshold,
     "below": {name: _share(distance[rows] < threshold) for name, rows in groups.items()},
-    "control": _share(control < threshold),
-    "pairs": [{"synthetic": int(i), "train": int(index[i]), "distance": float(distance[i])} for i in order],
+    "real": _share(real_distance < threshold),
+    "control": control,
   }
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-  return {f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES))}
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+  """Those below which at least one of the images lies."""
+  return {f"{q:g}": float(np.quantile(values, q)) for q in QUANTILES if q * len(values) >= 1}
 
 
 def _share(hits: np.ndarray) -> dict[str, float]:

@@ -250,18 +250,26 @@ def _copies(results: Mapping[str, Any], synthetic: ImageSet, train: ImageSet) ->
   block = results["neighbours"]
   if not block:
     return ""
+  if block["status"].startswith("void"):
+    return f'<h2>Nearest training images</h2><div class="warn">{html.escape(block["status"])}</div>'
   names = {"0.01": "1 %", "0.05": "5 %", "0.5": "median"}
-  rows = [
-    [_cell(label), *(_cell(number(block["quantiles"][side][q]), "n") for q in names), _cell(f"{block[count]:,}", "n")]
-    for label, side, count in (("synthetic", "synthetic", "n_synthetic"), ("held-out real", "real", "n_real"))
-  ]
-  below = block["below"].get("overall", {"count": 0, "n": 0})
+  rows = []
+  for label, side, count in (("synthetic", "synthetic", "n_synthetic"), ("held-out real", "real", "n_real")):
+    own = block["quantiles"][side]
+    cells = [_cell(number(own[q]), "n") if q in own else _cell("too few images", "na") for q in names]
+    rows.append([_cell(label), *cells, _cell(f"{block[count]:,}", "n")])
+  below, real, control = block["below"].get("overall"), block["real"], block["control"]
+  if below:
+    shares = (
+      f"{below['count']} of {below['n']:,} synthetic images are nearer to training than {number(block['threshold'])},"
+      f" the distance under which 1 % of held-out real images fall ({real['count']} of {real['n']:,}). Of"
+      f" {control['n']} planted copies of training images with light noise {control['count']} are under it."
+    )
+  else:
+    shares = f"Share of copies: {block['status'] if block['status'] != 'ok' else results['groups'][0]['refusal']}."
   text = (
-    f"Distance of each image to its nearest of {block['n_train']:,} training images, in {block['space']}."
-    f" {below['count']} of {below['n']:,} synthetic images are nearer to training than {number(block['threshold'])},"
-    f" the distance under which 1 % of held-out real images fall. Of {block['control']['n']} planted copies of training"
-    f" images with light noise {block['control']['count']} are under it. One space only: distance between pixels does"
-    " not see a copy that is shifted or recoloured."
+    f"Distance of each image to its nearest of {block['n_train']:,} training images, in {block['space']}. {shares} One"
+    " space only: distance between pixels does not see a copy that is shifted or recoloured."
   )
   tiles = []
   by_key = [{key: i for i, key in enumerate(s.keys)} for s in (synthetic, train)]

@@ -91,12 +91,7 @@ def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows += [_headline_alignment(name, group["group"], sides) for name, sides in group["measures"].items()]
   copies = results["neighbours"]
   if copies:
-    for group in groups:
-      share = copies["below"].get(group["group"])
-      if share:
-        row = {"measure": "share below the 1 % copy distance", "group": group["group"]}
-        rows.append({**row, "value": share["value"], "n_synthetic": share["n"], "n_real": copies["n_real"]})
-        rows[-1].update(reference=0.01, reference_name="held-out real, by definition")
+    rows += [_headline_copies(copies, group) for group in groups]
   return rows
 
 
@@ -149,6 +144,21 @@ def _headline_alignment(name: str, group: str, sides: Mapping[str, Any]) -> dict
   else:
     row["reference_name"] = f"real: {real['refusal']}"
   return row
+
+
+def _headline_copies(copies: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+  row = {"measure": "share below the 1 % copy distance", "group": group["group"]}
+  row.update(n_real=copies["n_real"], n_synthetic=group["n_synthetic"])
+  refusal = _copy_refusal(copies, group)
+  if refusal:
+    return {**row, "status": refusal}
+  share = copies["below"][group["group"]]["value"]
+  return {**row, "value": share, "reference": copies["real"]["value"], "reference_name": "held-out real images"}
+
+
+def _copy_refusal(copies: Mapping[str, Any], group: Mapping[str, Any]) -> str:
+  """Why a group has no share of copies, else ""."""
+  return group["refusal"] if copies["status"] == "ok" else copies["status"]
 
 
 def printed_table(results: Mapping[str, Any]) -> str:
@@ -216,9 +226,16 @@ def _copy_rows(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
   if not copies:
     return
   base = {"extractor": copies["space"], "n_real": copies["n_real"], "n_train": copies["n_train"]}
-  for group, share in copies["below"].items():
-    row = {**base, "group": group, "value": share["value"], "n_synthetic": share["n"], "status": "ok"}
-    yield {**row, "metric": "share below the 1 % distance of real", "split": "synthetic"}
+  for group in results["groups"]:
+    row = {**base, "metric": "share below the 1 % distance of real", "split": "synthetic"}
+    row.update({k: group[k] for k in ("group", "kind", "held_out", "n_synthetic")})
+    refusal = _copy_refusal(copies, group)
+    if refusal:
+      row["status"] = refusal
+    else:
+      share = copies["below"][group["group"]]["value"]
+      row.update(value=share, null_mean=copies["real"]["value"], status="ok")
+    yield row
   for side, quantiles in copies["quantiles"].items():
     split = "synthetic" if side == "synthetic" else results["inputs"]["real"]["split"]
     for quantile, value in quantiles.items():
