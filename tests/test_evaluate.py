@@ -166,7 +166,7 @@ def test_report_of_a_good_set(sets, tmp_path, capsys):
   overall = groups["overall"]["fidelity"][label]
   assert overall["kid"]["lo"] < overall["kid"]["value"] < overall["kid"]["hi"]
   # Both sets come from one generator: the distance is that of real against real.
-  assert overall["kid"]["inside_null"]
+  assert overall["kid"]["share_inside_null"] > 0.8
   assert overall["fd"]["n"] == 120
   assert overall["fd"]["m"] == 110
   assert report["alignment"]["status"] == "absent"
