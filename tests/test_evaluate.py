@@ -14,7 +14,7 @@ from PIL import Image
 from compdiff_jax import cli, evaluate
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data import records
-from compdiff_jax.evaluation import alignment, features, image_sets, neighbours
+from compdiff_jax.evaluation import alignment, features, image_sets, neighbours, page
 from compdiff_jax.evaluation import report as reports
 from compdiff_jax.evaluation.phantom_factors import FactorReader
 
@@ -167,6 +167,12 @@ def test_report_of_a_good_set(sets, tmp_path, capsys):
   assert overall["kid"]["lo"] < overall["kid"]["value"] < overall["kid"]["hi"]
   # Both sets come from one generator: the distance is that of real against real.
   assert overall["kid"]["share_inside_null"] > 0.8
+  # The interval of real against real is at n*, and so is what stands beside it.
+  matched = overall["kid"]["matched"]
+  row = report["headline"][0]
+  assert (row["group"], row["value"]) == ("overall", overall["kid"]["value"])
+  at_n = f"real vs real (overall) at n={matched['n']}, where synthetic has {page.number(matched['mean'])}, "
+  assert row["reference_name"].startswith(at_n) and at_n in printed
   assert overall["fd"]["n"] == 120
   assert overall["fd"]["m"] == 110
   assert report["alignment"]["status"] == "absent"
@@ -261,9 +267,9 @@ def test_a_copy_check_without_a_threshold_publishes_no_share(sets, tmp_path, cap
   assert all(row["status"].startswith(status) and "value" not in row for row in rows)
   assert any(warning.startswith(f"copy check: {status}") for warning in report["warnings"])
   assert status in capsys.readouterr().out
-  page = (tmp_path / "out" / "report.html").read_text()
-  assert status in page.partition("<h2>Nearest training images</h2>")[2]
-  assert ("Most similar pairs" in page) == (cause == "few")
+  text = (tmp_path / "out" / "report.html").read_text()
+  assert status in text.partition("<h2>Nearest training images</h2>")[2]
+  assert ("Most similar pairs" in text) == (cause == "few")
   shares = [row for row in read_table(tmp_path / "out", "copies.csv") if row["metric"].startswith("share")]
   assert shares and all(row["value"] == "" and row["status"].startswith(status) for row in shares)
 

@@ -140,7 +140,7 @@ def _groups(results: Mapping[str, Any]) -> str:
     "<p>Groups of one kind are compared at one sample size n*, two fifths of the smallest evaluable group, at most one"
     " image a real patient. The grey band is what two draws of n* real images of different patients give. The cubic"
     " kernel is not translation invariant: a group far from the training mean shows a larger KID for the same defect."
-    " Across groups read KID together with FD, which has no such preference.</p>",
+    " FD is of all images of a group and grows as their number falls: it cannot be compared across groups.</p>",
   ]
   for kind, title in (("attribute", "Attribute values"), ("pair", "Pairs"), ("cell", "Full intersections")):
     of_kind = [row for row in rows if row["kind"] == kind]

@@ -112,10 +112,13 @@ def _headline_kid(label: str, group: Mapping[str, Any]) -> dict[str, Any]:
   if scores is None:
     return row
   row.update(value=scores["value"], lo=scores["lo"], hi=scores["hi"])
-  null = scores["null"]
+  null, matched = scores["null"], scores["matched"]
   if "mean" in null:
     row.update(reference=null["mean"], reference_lo=null["lo"], reference_hi=null["hi"])
-    row["reference_name"] = f"real vs real ({null['group']}), n={null['n']}"
+    mean, low, high = (page.number(matched[end]) for end in ("mean", "lo", "hi"))
+    row["reference_name"] = (
+      f"real vs real ({null['group']}) at n={null['n']}, where synthetic has {mean}, {low} to {high}"
+    )
   else:
     row["reference_name"] = null["reason"]
   return row
