@@ -202,7 +202,7 @@ def evaluate_sets(
     "inputs": {
       "preprocessing": image_sets.PREPROCESSING.format(size=real.images.shape[1]),
       "real": _describe(real),
-      "synthetic": _describe(synthetic),
+      "synthetic": {**_describe(synthetic), "sampling": dict(synthetic.sampling)},
       "train": {**_describe(train), "sample": len(sample)},
       "attributes": schema.to_json(),
       "held_out": [schema.cell_name(cell) for cell in held_out],

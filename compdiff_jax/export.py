@@ -35,14 +35,18 @@ def main(argv: list[str]) -> None:
   args = parser.parse_args(argv)
 
   max_bytes = parse_size(args.max_shard_size) if args.max_shard_size else None
-  metrics = _metrics(args.report) if args.report else {}
+  figures, sampling = _read_report(args.report) if args.report else ({}, {})
   run = open_run(args.workdir)
   weights = "imported" if run.source else "raw" if args.raw else "ema"
   if args.lora:
     step = _export_lora(run, args.out, "raw" if args.raw else "ema", args.step, args.dtype)
     print(f"LoRA of step {step} ({weights}) in {args.out}")
     return
-  step, params = run.load_params("raw" if args.raw else "ema", args.step)
+  mesh = sharding.make_mesh(sharding.DATA_PARALLEL)
+  step, trained = run.load_trained("raw" if args.raw else "ema", mesh, args.step)
+  if args.report:
+    figures = {"images": _evaluated_images(sampling, args.report, run.identity(trained)), **figures}
+  params = run.complete(trained, mesh)
   model = run.model
   write_export(
     args.out,
@@ -58,7 +62,7 @@ def main(argv: list[str]) -> None:
     conditioner=(model.conditioner_config, params.get("conditioner", {}), model.schema),
     prompt_attributes=tuple(run.config.prompt_attributes),
     null=run.config.sample.null,
-    card={**_described(run, step, weights), "metrics": metrics},
+    card={**_described(run, step, weights), "metrics": figures},
     dtype=args.dtype,
     max_bytes=max_bytes,
     layout=args.layout,
@@ -117,16 +121,31 @@ def _last_loss(workdir: Path, step: int) -> dict[str, float]:
   return {"training loss": losses[-1]} if losses else {}
 
 
-def _metrics(directory: Path) -> dict[str, str]:
-  """The short table of a report as {measure and group: value, interval and number of images}."""
+def _read_report(directory: Path) -> tuple[dict[str, str], dict[str, Any]]:
+  """The short table of a report as {measure and group: figure}, and how its synthetic images were sampled."""
   path = directory / "report.json"
   try:
-    rows = json.loads(path.read_text())["headline"]
-    return {f"{row['measure']}, {row['group']}": _figure(row) for row in rows}
+    report = json.loads(path.read_text())
+    figures = {f"{row['measure']}, {row['group']}": _figure(row) for row in report["headline"]}
+    return figures, report["inputs"]["synthetic"].get("sampling", {})
   except OSError as error:
     raise InputError(f"cannot read {path}: {error.strerror}; give as --report the --out of compdiff evaluate") from None
   except (KeyError, TypeError, ValueError):
     raise InputError(f"{path} is not a report of compdiff evaluate; give as --report its --out") from None
+
+
+def _evaluated_images(sampling: dict[str, Any], directory: Path, model_sha256: str) -> str:
+  """Which images a report in `directory` is about. Raises InputError where another model made them."""
+  if "model_sha256" not in sampling:
+    return "not made by compdiff sample: the report does not say by which model"
+  if sampling["model_sha256"] != model_sha256:
+    raise InputError(
+      f"{directory} is about images of another model (step {sampling['checkpoint_step']}, {sampling['weights']}; its"
+      f" model_sha256 is {sampling['model_sha256'][:12]}, here {model_sha256[:12]}); evaluate images of this one, or"
+      " choose that one with --workdir, --step, --ema or --raw"
+    )
+  said = {name: sampling.get(name, "") for name in ("sampler", "steps", "guidance", "guidance_parts", "null")}
+  return ", ".join(f"{name} {value}" for name, value in said.items() if value != "")
 
 
 def _figure(row: dict[str, Any]) -> str:
@@ -137,7 +156,8 @@ def _figure(row: dict[str, Any]) -> str:
   images = f", {' and '.join(counts)} images" if counts else ""
   reference = row.get("reference_name", "")
   if "reference" in row:
-    reference += f": {_with_interval(row['reference'], row.get('reference_lo'), row.get('reference_hi'))}"
+    figure = _with_interval(row["reference"], row.get("reference_lo"), row.get("reference_hi"))
+    reference = f"reference {figure}, {reference}"
   value = _with_interval(row["value"], row.get("lo"), row.get("hi"))
   return "; ".join(filter(None, (f"{value}{images}", reference, row.get("status"))))
 

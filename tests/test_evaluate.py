@@ -156,6 +156,7 @@ def test_report_of_a_good_set(sets, tmp_path, capsys):
   assert report["inputs"]["synthetic"]["unknown"] == {"age": 1, "sex": 0}
   assert report["inputs"]["real"]["patients"] == 60
   assert report["inputs"]["held_out"] == [HELD_OUT]
+  assert report["inputs"]["synthetic"]["sampling"] == {}
   assert [e["name"] for e in report["extractors"]] == ["radiomics-v1", "random-conv4-256-seed0"]
 
   label = report["extractors"][0]["label"]
@@ -202,6 +203,15 @@ def test_the_printed_table_says_why_a_value_does_not_rank():
   blocks = dict.fromkeys(("warnings", "failures", "refused"), ())
   printed = reports.printed_table({"extractors": [{"label": "x"}], "headline": [row], **blocks})
   assert "9.13, rank deficient (d=59)" in printed
+
+
+def test_the_report_names_the_model(sets, synthetic, tmp_path):
+  settings = {"checkpoint_step": 8, "model_sha256": "ab" * 32, "sampler": "ddim", "guidance": 2.0, "guidance_parts": ""}
+  (synthetic / "job.json").write_text(json.dumps({"settings": settings, "plan": "", "rows": 110}))
+  assert run(sets[0], synthetic, tmp_path / "out") == 0
+  assert load_report(tmp_path / "out")[0]["inputs"]["synthetic"]["sampling"] == settings
+  text = (tmp_path / "out" / "report.html").read_text()
+  assert f"checkpoint_step 8, model_sha256 {'ab' * 32}, sampler ddim, guidance 2.0." in text
 
 
 def test_small_groups_carry_no_number(sets, tmp_path):

@@ -15,7 +15,7 @@ import toy_models
 from safetensors.torch import load_file
 from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 
-from compdiff_jax import default_config, export, import_weights
+from compdiff_jax import default_config, export, import_weights, sharding
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning import family
@@ -196,13 +196,24 @@ def test_what_the_reference_cannot_hold(config, schema, prompts, message):
 def test_model_card(run, tmp_path, fails):
   rows = [
     {"measure": "KID [x]", "group": "overall", "value": 0.0123, "lo": 0.01, "hi": 0.02, "n_real": 9, "n_synthetic": 8,
-     "reference": 0.001, "reference_lo": -0.02, "reference_hi": 0.03, "reference_name": "real, n=4"},
+     "reference": 0.001, "reference_lo": -0.02, "reference_hi": 0.03, "reference_name": "y"},
     {"measure": "KID [x]", "group": "age=80+", "n_real": 2, "n_synthetic": 8, "status": "n < 50"},
     {"measure": "FD [x]", "group": "overall", "value": 9.13, "status": "rank deficient (d=59)"},
   ]  # fmt: skip
   report = tmp_path / "report"
   report.mkdir()
-  (report / "report.json").write_text(json.dumps({"headline": rows}))
+  trained = open_run(run)
+  settings = {"sampler": "ddim", "steps": 50, "guidance": 2.0, "guidance_parts": "", "null": "learned"}
+  settings |= {"checkpoint_step": 7, "weights": "ema"}
+  settings["model_sha256"] = trained.identity(
+    trained.load_trained("ema", sharding.make_mesh(sharding.DATA_PARALLEL))[1]
+  )
+
+  def write_report(sampling):
+    contents = {"headline": rows, "inputs": {"synthetic": {"sampling": sampling}}}
+    (report / "report.json").write_text(json.dumps(contents))
+
+  write_report(settings)
   card = (_export(run, tmp_path / "out", f"--report={report}") / "README.md").read_text()
   for line in (
     "| set | chest, synthetic (weight 0.25) |",
@@ -212,13 +223,22 @@ def test_model_card(run, tmp_path, fails):
     "| learning rate | 1e-05 |",
     "| training loss | 0.5 |",
     "| sex | male, female | tokens |",
-    "| KID [x], overall | 0.0123 (0.01 to 0.02), 8 synthetic and 9 real images; real, n=4: 0.001 (-0.02 to 0.03) |",
+    "| KID [x], overall | 0.0123 (0.01 to 0.02), 8 synthetic and 9 real images; reference 0.001 (-0.02 to 0.03), y |",
+    "| images | sampler ddim, steps 50, guidance 2.0, null learned |",
     "| FD [x], overall | 9.13; rank deficient (d=59) |",
     "| KID [x], age=80+ | n < 50 |",
     "For research only.",
   ):
     assert line in card
   assert "No metrics were recorded" in (_export(run, tmp_path / "plain", "--raw") / "README.md").read_text()
+  # The last parameters are another model.
+  raw = (f"--workdir={run}", f"--out={tmp_path / 'no'}", "--raw", f"--report={report}")
+  message = fails(export.main, *raw)
+  assert f"{report} is about images of another model (step 7, ema; its model_sha256 is" in message
+  assert settings["model_sha256"][:12] in message and not (tmp_path / "no").exists()
+  write_report({})
+  nameless = (_export(run, tmp_path / "nameless", "--raw", f"--report={report}") / "README.md").read_text()
+  assert "| images | not made by compdiff sample: the report does not say by which model |" in nameless
   arguments = (f"--workdir={run}", f"--out={tmp_path / 'no'}", f"--report={tmp_path}")
   assert "give as --report the --out of compdiff evaluate" in fails(export.main, *arguments)
   (report / "report.json").write_text("{}")

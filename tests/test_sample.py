@@ -190,11 +190,15 @@ def test_bad_requests_are_refused(samples, trained, workspace, tmp_path, fails):
   assert "--guidance_rescale 2 must lie" in fails(sample.main, *base, out, "--guidance_rescale=2")
 
 
-def test_exported_run_loads_in_diffusers_and_draws(trained, tmp_path, fails):
+def test_exported_run_loads_in_diffusers_and_draws(samples, trained, tmp_path, fails):
   import torch
   from diffusers import DiffusionPipeline
 
-  export.main([f"--workdir={trained}", f"--out={tmp_path / 'export'}", "--ema"])
+  # A report about these samples is one about this model.
+  inputs = {"synthetic": {"sampling": json.loads((samples[0] / "job.json").read_text())["settings"]}}
+  (tmp_path / "report.json").write_text(json.dumps({"headline": [], "inputs": inputs}))
+  export.main([f"--workdir={trained}", f"--out={tmp_path / 'export'}", "--ema", f"--report={tmp_path}"])
+  assert "| images | sampler ddim, steps 2, " in (tmp_path / "export" / "README.md").read_text()
   pipe = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True)
   pipe.set_progress_bar_config(disable=True)
   assert type(pipe.scheduler).__name__ == "DDIMScheduler"  # that of config.sample

@@ -42,6 +42,7 @@ class ImageSet:
     total: number of images in the set; N is smaller when `limit` cut it.
     content: SHA-256 over the sorted (key, SHA-256 of the encoded image) of the N images.
     held_out: cells absent from training, as `Schema.cell_name` texts.
+    sampling: the settings that `compdiff sample` made the set with, model_sha256 among them; empty for other sets.
   """
 
   name: str
@@ -56,6 +57,7 @@ class ImageSet:
   total: int
   content: str
   held_out: tuple[str, ...] = ()
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return len(self.keys)
@@ -135,12 +137,14 @@ def load(
   if not is_manifest(path):
     records = RecordSet(path)
     name, schema, held_out, rows = records.name, records.schema, records.held_out, list(_record_rows(records, split))
+    sampling = {}
   else:
     if (path / "schema.json").exists():
       schema = Schema.load(path / "schema.json")
     elif schema is None:
       raise InputError(f"{path}/schema.json is missing; copy it from the data set the model was trained on")
     name, split, held_out, rows = path.name, "", (), _manifest_rows(path, schema)
+    sampling = _job(path).get("settings", {})
   rows.sort(key=lambda row: row.key)
   total = len(rows)
   if limit is not None and total > limit:
@@ -159,6 +163,7 @@ def load(
     total=total,
     content=content,
     held_out=tuple(held_out),
+    sampling=sampling,
   )
 
 
@@ -233,19 +238,19 @@ def _manifest_rows(path: Path, schema: Schema | None) -> list[_Row]:
     raise InputError(f"{manifest} row {reader.line_num}: {error}") from None
   if not rows:
     raise InputError(f"{manifest} lists no image; sample a set first")
-  planned = _planned(path)
-  if planned is not None and planned != len(rows):
+  planned = _job(path).get("rows", len(rows))
+  if planned != len(rows):
     raise InputError(f"{path} holds {len(rows)} of {planned} planned images; finish it with the same compdiff sample")
   return rows
 
 
-def _planned(path: Path) -> int | None:
-  """Images a sampling job is to write; None for a set that no job of ours made."""
+def _job(path: Path) -> dict[str, Any]:
+  """What a sampling job says about its set (`sampling.job`); empty for a set that no job of ours made."""
   try:
-    return int(json.loads((path / "job.json").read_text())["rows"])
+    return dict(json.loads((path / "job.json").read_text()))
   except FileNotFoundError:
-    return None
-  except (ValueError, KeyError, TypeError) as error:
+    return {}
+  except (ValueError, TypeError) as error:
     raise InputError(f"{path}/job.json cannot be read ({error}); sample the set again") from None
 
 

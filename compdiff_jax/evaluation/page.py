@@ -303,6 +303,9 @@ def _inputs(results: Mapping[str, Any]) -> str:
     f"<p>Preprocessing of every image: {html.escape(inputs['preprocessing'])}. Groups need {inputs['min_n']} images a"
     f" side and {inputs['min_n'] // 2} real patients. Seed {inputs['seed']}.</p>",
   ]
+  sampling = ", ".join(f"{name} {value}" for name, value in inputs["synthetic"]["sampling"].items() if value != "")
+  made = f"Made by compdiff sample: {sampling}." if sampling else "The synthetic set does not say which model made it."
+  lines.append(f"<p>{html.escape(made)}</p>")
   table = [
     [_cell(html.escape(text)) for text in (e["label"], str(e["dimension"]), e["standardised_by"], e["note"])]
     for e in results["extractors"]
