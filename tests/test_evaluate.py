@@ -194,6 +194,7 @@ def test_report_of_a_good_set(sets, tmp_path, capsys):
   assert links.pictures >= 16 * 2 + 2 + 8 * 2
   assert "A &lt;disc&gt;." in text
   assert "A <disc>." not in text
+  assert "This file holds real images of discs" in text.partition("<h2>")[0]
   assert "Every intersection" in text
   assert "reconstructions below" in text
 

@@ -54,7 +54,12 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
     f" patients (split {real['split']}, not seen in training) of the data set {real['name']}; the training split holds"
     f" {train['total']:,} images. Evaluated {results['run']['date'].replace('T', ' ').replace('+00:00', ' UTC')}."
   )
+  real_images = (
+    f"This file holds real images of {real['name']}, test and training images both. Do not publish it where the licence"
+    " of these data forbids that."
+  )
   parts = [f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>']
+  parts.append(f'<div class="warn">{html.escape(real_images)}</div>')
   refused = len(results["refused"])
   absent = [f"{refused} of {len(results['groups'])} groups have too few images and carry no number"] if refused else []
   if results["alignment"]["status"] != "ok":
@@ -285,7 +290,6 @@ def _copies(results: Mapping[str, Any], synthetic: ImageSet, train: ImageSet) ->
     + _table(("Set", *names.values(), "n"), rows, right=(1, 2, 3, 4))
     + "<h3>Most similar pairs, synthetic left, training right</h3>"
     + f'<div class="pairs">{"".join(tiles)}</div>'
-    + '<p class="note">These pairs show training images: keep this report where the data may be.</p>'
   )
 
 
