@@ -1,5 +1,7 @@
 """Objective, optimizer and EMA options against diffusers and closed forms; networks are stand-ins that compile fast."""
 
+import re
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from stand_in import batch_of, rows_of, stand_in
 
+from compdiff_jax import sharding
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.additive import AdditiveConfig
 from compdiff_jax.conditioning.flat import FlatConfig
@@ -155,11 +158,13 @@ def test_coind_measures_the_interaction_alone():
   text = jnp.zeros([8, 2, 8])
   params = {"unet": {}, "conditioner": zero}
   noisy, timesteps = jnp.zeros([8, 2, 2, 3]), jnp.arange(8)
-  measure = jax.jit(lambda rows: coind.independence_gap(
-    model, params, noisy, timesteps, text, rows["attributes"], rows["keys"], 8
-  ))  # fmt: skip
-  gap = measure(rows)
+  where = sharding.batch_sharding(sharding.make_mesh(sharding.DATA_PARALLEL))
+  inputs = jax.device_put((noisy, timesteps, text, rows["attributes"], rows["keys"]), where)
+  measure = jax.jit(lambda *args: coind.independence_gap(model, params, *args, 8), out_shardings=where)
+  gap = measure(*inputs)
   np.testing.assert_allclose(gap, np.zeros(8), atol=1e-10)
+  moves = r"all-gather|all-to-all|collective-permute|all-reduce"
+  assert not re.findall(moves, measure.lower(*inputs).compile().as_text()), "a row leaves its device"
 
 
 def test_coind_takes_the_first_rows_and_skips_what_is_unknown():

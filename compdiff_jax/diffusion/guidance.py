@@ -29,10 +29,10 @@ def composed_guidance(
       keeps large weights from overexposing pictures (Lin et al. 2024, Eq. 15 and 16).
   """
   count = len(contexts)
-  joined = jax.tree.map(_interleave, *contexts)
+  joined = jax.tree.map(interleave, *contexts)
 
   def predict(sample, timesteps):
-    output = model(_interleave(*[sample] * count), _interleave(*[timesteps] * count), joined).astype(jnp.float32)
+    output = model(interleave(*[sample] * count), interleave(*[timesteps] * count), joined).astype(jnp.float32)
     outputs = jnp.unstack(output.reshape(-1, count, *output.shape[1:]), axis=1)
     guided = outputs[0] + sum(weight * (outputs[i] - outputs[j]) for i, j, weight in terms)
     if not rescale:
@@ -43,6 +43,6 @@ def composed_guidance(
   return predict
 
 
-def _interleave(*parts: jax.Array) -> jax.Array:
+def interleave(*parts: jax.Array) -> jax.Array:
   """n of [B, …] -> [n B, …], the n of a row next to each other, so that no row of a batch leaves its device."""
   return jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])

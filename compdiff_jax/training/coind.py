@@ -10,7 +10,6 @@ text as well.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.interface import Attributes
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.diffusion.guidance import interleave
 from compdiff_jax.diffusion.objective import denoising_loss
 from compdiff_jax.latent_diffusion import LatentDiffusion, Params
 
@@ -80,11 +80,10 @@ def independence_gap(
   only, others = split_attributes(whole, schema, keys["coind"])
   nothing = jax.tree.map(jnp.asarray, schema.unknown(count))
 
-  def four(*parts: Any) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
+  # The four of a row stay next to each other, so that none leaves its device.
+  four = lambda *parts: jax.tree.map(interleave, *parts)  # noqa: E731
   repeated = four(*[(noisy, timesteps, text, keys["conditioner"])] * 4)
   context, _ = model.join_context(params, repeated[2], four(only, others, whole, nothing), repeated[3])
   outputs = model.unet(params["unet"], repeated[0], repeated[1], *context).astype(jnp.float32)
-  first, rest, full, empty = jnp.split(outputs, 4)
+  first, rest, full, empty = jnp.unstack(outputs.reshape(-1, 4, *outputs.shape[1:]), axis=1)
   return denoising_loss(first + rest, full + empty)
