@@ -187,6 +187,7 @@ def test_bad_requests_are_refused(samples, trained, workspace, tmp_path, fails):
   assert "only ddim has eta" in fails(sample.main, *base, out, "--sampler=euler", "--eta=0.5")
   assert "steps 0 must lie in 1 to 999" in fails(sample.main, *base, out, "--num_steps=0")
   assert "did you mean 'age'" in fails(sample.main, *base, out, "--guidance_parts=ages=2")
+  assert "unknown null 'zero'; did you mean 'zeros'" in fails(sample.main, *base, out, "--null=zero")
   assert "--guidance_rescale 2 must lie" in fails(sample.main, *base, out, "--guidance_rescale=2")
 
 
