@@ -63,7 +63,10 @@ def key_hash(file: str, salt: str) -> str:
 
 def parse_cells(spec: str, schema: Schema) -> list[dict[str, int]]:
   """Reads a hold-out such as "age=60-80,sex=female;age=80+,sex=male"; the empty string holds out nothing."""
-  return [schema.parse_cell(part) for part in spec.split(";") if part.strip()]
+  cells = [schema.parse_cell(part) for part in spec.split(";") if part.strip()]
+  if spec and not cells:
+    raise InputError(f"hold-out {spec!r} names no cell; give one such as 'age=60-80,sex=female'")
+  return cells
 
 
 def parse_fractions(text: str) -> tuple[float, float, float]:

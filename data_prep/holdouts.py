@@ -10,6 +10,8 @@ import numpy as np
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Cell, Schema
 
+_SHOWN = 3  # cells named in an error
+
 
 def attribute_columns(rows: Sequence[Mapping[str, Any]], schema: Schema) -> dict[str, np.ndarray]:
   """The attributes of many rows as a batch: {name: array [B]}."""
@@ -34,11 +36,17 @@ def hold_out(
   `status` of a cell is "pair-seen" when each pair of its levels still occurs together in training, else "pair-unseen".
   `cost` counts, per cell that is not held out, the train and val images that left with their patients.
   `maybe_in_train` counts training images that may belong to the cell because an attribute of theirs is unknown.
+
+  Raises:
+    InputError: a cell has no image, or a level would leave training altogether.
   """
   if not cells:
     return None
   columns = attribute_columns(rows, schema)
   inside = {schema.cell_name(cell): schema.in_cell(columns, cell) for cell in cells}
+  for cell, (text, mask) in zip(cells, inside.items()):
+    if not mask.any():
+      raise InputError(f"hold-out {text}: no image lies in this cell; {_occurring(columns, schema, cell)}")
   any_inside = np.logical_or.reduce(list(inside.values()))
   leaving = any_inside | np.asarray(placed, bool) if len(placed) else any_inside
   patients = {row["patient"] for row, hit in zip(rows, leaving) if hit}
@@ -68,6 +76,13 @@ def hold_out(
     "maybe_in_train": {schema.cell_name(cell): _maybe_inside(columns, schema, cell, assigned) for cell in cells},
     "cost": dict(sorted(Counter(names[i] for i in moved if not any_inside[i]).items())),
   }
+
+
+def _occurring(columns: Mapping[str, np.ndarray], schema: Schema, cell: Cell) -> str:
+  """The remedy for a cell without an image: which cells over its attributes have some, the rarest first."""
+  names = [n for n in _cell_names(columns, schema.subset(list(cell))) if n.count(",") == len(cell) - 1]
+  rarest = [f"{n} ({count})" for n, count in sorted(Counter(filter(None, names)).items(), key=lambda item: item[1])]
+  return f"give more images (of the phantom: --num) or hold out one of those that occur: {'; '.join(rarest[:_SHOWN])}"
 
 
 def _maybe_inside(columns: Mapping[str, np.ndarray], schema: Schema, cell: Cell, assigned: Sequence[str]) -> int:

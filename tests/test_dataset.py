@@ -16,6 +16,7 @@ from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data.records import RecordSet, decode_image
 from data_prep import dataset, verify
+from data_prep.rows import RowError
 
 SCHEMA = Schema((
   Attribute("age", "continuous", low=0, high=100, bins=(40, 60), unit="year"),
@@ -210,9 +211,30 @@ def test_holdout_that_removes_a_level_is_refused(tmp_path):
   assert "sex=female" in message and "training split" in message
 
 
+def test_holdout_of_a_cell_without_images_is_refused(tmp_path):
+  """The rarest cells that do occur are named; a record of unknown sex is in none of them."""
+  people = [(20, 0)] * 40 + [(50, 0)] * 30 + [(70, 1)] * 2 + [(20, 1)] + [(50, -1)] * 3
+  items = [{**item, "attributes": {"age": float(age), "sex": sex, "group": 0}}
+           for item, (age, sex) in zip(examples(len(people), 1), people)]  # fmt: skip
+  message = failure(tmp_path, items, held_out=dataset.parse_cells("age=60+,sex=female;age=40-60,sex=female", SCHEMA))
+  assert "hold-out age=40-60,sex=female: no image" in message and "--num" in message
+  assert message.endswith("occur: age=0-40,sex=female (1); age=60+,sex=female (2); age=40-60,sex=male (30)")
+  # The same where the only image of the cell turns out to be unreadable.
+  items[0] = {**items[0], "attributes": {"age": 50.0, "sex": 1, "group": 0}, "image": b"bad"}
+  cells = dataset.parse_cells("age=40-60,sex=female", SCHEMA)
+  assert "hold-out age=40-60,sex=female: no image" in failure(tmp_path, items, held_out=cells, encode=readable)
+
+
+def readable(image: bytes) -> bytes:
+  if image == b"bad":
+    raise RowError("unreadable image: it is bad")
+  return image
+
+
 def test_unknown_level_in_a_holdout_is_refused():
-  with pytest.raises(InputError, match="female"):
-    dataset.parse_cells("age=40-60,sex=femal", SCHEMA)
+  for spec, words in (("age=40-60,sex=femal", "female"), (" ; ", "names no cell")):
+    with pytest.raises(InputError, match=words):
+      dataset.parse_cells(spec, SCHEMA)
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

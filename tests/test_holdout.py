@@ -211,6 +211,7 @@ def test_race_and_short_sex_names():
     (["--cells", _CELL, "--rarest", "1"], "either --cells"),
     (["--rarest", "99"], "training has images in 12 cells"),
     (["--cells", "age=40-60,sex=femal"], "did you mean 'female'"),
+    (["--cells", ";"], "names no cell"),
     (["--cells", "sex=female,group=A;sex=female,group=B"], "sex=female would remain"),
     (["--cells", _CELL, "--attributes", "sex"], "--attributes goes with it"),
   ],

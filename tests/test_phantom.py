@@ -279,6 +279,7 @@ def test_command_writes_a_data_set(tmp_path, capsys):
     (["--num", "20", "--holdout", "age=70"], "age has no level '70'"),
     (["--num", "20", "--holdout", "region=D"], "no attribute 'region'"),
     (["--num", "90", "--size", "16", "--holdout", "sex=female"], "sex=female"),
+    (["--num", "90", "--size", "16", "--holdout", "age=80+,sex=female,group=D"], "no image lies in this cell; give"),
     (["--num", "1", "--size", "16"], "split would be empty"),
     (["--num", "20", "--sizes", "16"], "--sizes"),
   ],
