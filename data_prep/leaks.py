@@ -20,34 +20,31 @@ from data_prep import scrub
 Patterns = Mapping[str, Mapping[str, Sequence[str]]]
 NUMBER = "number"
 
-_SYNONYMS = {
-  "female": ("woman", "women", "girl", "lady", "she", "her", "hers"),
-  "male": ("man", "men", "boy", "gentleman", "he", "him", "his"),
-  "white": ("caucasian",),
-  "black": ("african american", "african-american"),
-  "hispanic": ("latino", "latina"),
-}
+_OF_SEX = (scrub.PERSONS, scrub.PRONOUNS, scrub.RELATIVES, scrub.TITLES, scrub.ORGANS)
+_SYNONYMS = {**{sex: "|".join(words[sex] for words in _OF_SEX) for sex in scrub.PERSONS}, **scrub.RACES}
 _SEX_LETTERS = {"f": "female", "m": "male"}
-_DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
-_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _WORDS = {
-  **{word: i for i, word in enumerate(_DIGITS, start=1)},
-  **{word: i for i, word in enumerate(_TEENS, start=10)},
-  **{word: 10 * i for i, word in enumerate(_TENS, start=2)},
+  **{word: i for i, word in enumerate((*scrub.DIGITS, *scrub.TEENS), start=1)},
+  **{word: 10 * i for i, word in enumerate(scrub.TENS, start=2)},
 }
-_DECADES = {word.removesuffix("y") + "ies": _WORDS[word] for word in _TENS}
+_DECADES = {word.removesuffix("y") + "ies": _WORDS[word] for word in scrub.TENS}
 _NUMBER = r"(?<![\d.])(\d{1,3}(?:\.\d+)?)"
-_SPELLED = rf"\b((?:{'|'.join(_TENS)})(?:[\s-]+(?:{'|'.join(_DIGITS)}))?|{'|'.join(_TEENS)})"
+_SPELLED = rf"\b({scrub.SPELLED})"
 _DECADE = re.compile(
   rf"\bin\s+(?:his|her|their|the)\s+(?:early\s+|mid[\s-]+|late\s+)?(\d0'?s|{'|'.join(_DECADES)})\b", re.IGNORECASE
 )
 _OLD = r"[\s-]*(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"  # 72 year old, 72-year-old, 72 years of age, 72 y/o, 72yo
 _WHOLE = r"(?<!\w)(?<!\d[.,])(\d{1,3})"  # not the end of another number
+_INFANT = r"[\s-]*(?P<unit>month|week|day)[\s-]old\b"  # not "3 weeks old": so may a fracture be
+_YEARS_IN = {"month": 12, "week": 365.25 / 7, "day": 365.25}
 _AGES = (
   _NUMBER + _OLD,
   _SPELLED + _OLD,
-  r"\baged?[\s:=]+(?:of\s+)?(\d{1,3})\b",
+  _NUMBER + _INFANT,
+  _SPELLED + _INFANT,
+  r"\baged?[\s:=]+(?:of\s+)?(\d{1,3}(?:\.\d+)?)(?!\.?\d)(?:[\s-]*(?P<unit>month|week|day)s?\b)?",
+  rf"\baged?[\s:=]+(?:of\s+)?{_SPELLED}\b",
+  rf"\b(?:{'|'.join(scrub.PERSONS.values())})(?={scrub.AGE_BEHIND}),?\s+(\d{{2,3}})",
   rf"{_WHOLE}\s?/?\s?(?-i:[MF]){scrub.LETTER_END}",
   rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*(?-i:[MF]){scrub.LETTER_END}",
   r"\b(?-i:[MF])\s?/\s?(\d{1,3})\b",
@@ -80,8 +77,8 @@ def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
     meant = _SEX_LETTERS.get(word, value.lower())
     # One or two letters are words of their own in any text ("A small effusion"): the attribute must be named too.
     short = len(value) < 3
-    forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}(?!\w)"]
-    forms += [rf"\b{synonym}\b" for synonym in _SYNONYMS.get(meant, ())]
+    forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}s?(?!\w)"]
+    forms += [rf"\b(?:{_SYNONYMS[meant]})\b"] if meant in _SYNONYMS else []
     forms += [form for letter, sex in _SEX_LETTERS.items() if sex == meant for form in _letter_forms(letter)]
     patterns[value] = forms
   return patterns
@@ -142,7 +139,7 @@ def _find(attribute: Attribute, rules: Mapping[str, Sequence[re.Pattern]], text:
       if level != NUMBER:
         yield attribute.level_names.index(level), match.group()
         continue
-      value = _value(match.group(1))
+      value = _value(match)
       if value is not None and attribute.low <= value <= attribute.high:
         yield int(attribute.levels(np.array([value]))[0]), match.group()
   if attribute.kind == "continuous" and attribute.unit == "year" and NUMBER in rules:
@@ -153,10 +150,13 @@ def _find(attribute: Attribute, rules: Mapping[str, Sequence[re.Pattern]], text:
           yield int(attribute.levels(np.array([float(year)]))[0]), match.group()
 
 
-def _value(text: str) -> float | None:
-  """A number in digits or English words below one hundred."""
+def _value(match: re.Match) -> float | None:
+  """The first group, in digits or English words below one hundred, over the `unit` that infants are counted in."""
+  text = match.group(1)
   try:
-    return float(text)
+    value = float(text)
   except ValueError:
     parts = [_WORDS.get(part) for part in re.split(r"[\s-]+", text.lower())]
-    return None if None in parts else float(sum(parts))
+    value = None if None in parts else float(sum(parts))
+  unit = match.groupdict().get("unit")
+  return value / _YEARS_IN[unit.lower()] if unit else value

@@ -13,6 +13,27 @@ from compdiff_jax.cli import InputError
 
 Rules = Sequence[tuple[str, str]]
 
+# Words that name a level of sex or race wherever they stand; data_prep/leaks.py looks for the same.
+PERSONS = {"male": r"males?|m[ae]n|gentlem[ae]n|boys?", "female": r"females?|wom[ae]n|lad(?:y|ies)|girls?"}
+PRONOUNS = {"male": r"he|him|his|himself", "female": r"she|hers?|herself"}
+RELATIVES = {
+  "male": r"husbands?|fathers?|brothers?|sons?",
+  "female": r"wife|wives|mothers?|sisters?(?! mary joseph)|daughters?",  # Sister Mary Joseph: a nodule
+}
+TITLES = {"male": r"(?-i:Mr)", "female": r"(?-i:[Mm]rs|Ms|Miss(?=\s[A-Z]))"}  # MS is a disease, MR an examination
+ORGANS = {
+  "male": r"prostat(?:e|ic|ectomy)",
+  "female": r"uter(?:us|ine)|hysterectomy|ovar(?:y|ies|ian)|pregnan(?:t|cy|cies)",
+}
+RACES = {
+  **{"white": r"caucasians?", "black": r"african[-\s]americans?", "asian": r"asians?"},
+  "hispanic": r"hispanics?|latin[oa]s?",
+}
+DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+SPELLED = rf"(?:(?:{'|'.join(TENS)})(?:[-\s]+(?:{'|'.join(DIGITS)}))?|{'|'.join((*TEENS, *DIGITS))})"
+
 # "may" is a verb unless a year follows or it is written as a name.
 _MONTH = (
   r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|(?-i:May|MAY)|may(?=[-/.,\s]+\d{4})|june?|july?|aug(?:ust)?"
@@ -28,20 +49,28 @@ _WHOSE = r"(?:(?:patient|physician|doctor|radiologist)(?:['’]s)?|first|last|mi
 # Things whose name is no person's. Every other "name:" is taken for one: a lost word is better than a name that stays.
 _THINGS = ("exam", "examination", "procedure", "study", "series", "protocol", "test", "file", "drug", "device")
 _NO_THING = "".join(rf"(?<!\b{thing}\s)" for thing in _THINGS)
-_NUMBER = (
-  r"(?:\d{1,3}|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)"
-  r"(?:[-\s](?:one|two|three|four|five|six|seven|eight|nine))?|__+)"
-)
+_NUMBER = rf"(?:\d{{1,3}}|{SPELLED}|__+)"
 _VALUE = r"(?:n/a|not?[ \t]+\w+|\w+)"  # behind "sex:"; "not stated" and "no information" too
 _YEARS = r"[-\s]*(?:years?|yrs?|y)"
-_OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:yo|y/o|y\.o\.)(?!\w))"  # year-old, years of age, yo
+_OLD = rf"(?:{_YEARS}[-\s]*(?:old|of age)\b|[-\s]*(?:y[-\s/]?o|y\.o\.?)(?!\w))"  # year-old, years of age, yo, y-o
+_INFANT = r"[-\s]*(?:month|week|day)[-\s]old\b"  # "3 weeks old" may be a fracture
 _MONTHS = r"[-\s]*(?:months?|mos?|weeks?|wks?|days?)(?:[-\s]*(?:old|of age))?\b"
 LETTER_END = r"\b(?!['’]|/\s?(?:[a-z]|ups?)\b)"  # of a letter that stands for a sex: "F/U" is a follow-up
 _SEX = rf"(?:[-\s,/]*[mf]{LETTER_END})?"  # the letter behind an age
+AGE_BEHIND = r",?\s+(?:1\d|[1-9])\d(?=\s*(?:[.,;:)](?!\d)|$))"  # "Female, 72." but not "female, 72 mm"
 # Behind "___", what is left of an age or a name: "___F" is a woman, "___ F" too, but "___ F. Smith" has an initial.
 BLANKED = r"\b_{2,}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
 
-_PERSON = r"(?:patients?|males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)"
+_SEXES = "|".join(PERSONS.values())
+_PERSON = rf"(?:patients?|{_SEXES})"
+# "SMITH, JOHN" at the start of a line or behind "patient", in a text that is not all capitals; no heading ("HEART,
+# LUNGS: clear") and no abbreviations. Elsewhere capitals stress a finding.
+_CAPITALS_NAME = (
+  r"(?m:(^|\b(?:patient|pt|re|by)\b[.:]?)[ \t]*(?-i:[A-Z][A-Z'’-]{2,},\s+"
+  r"(?!(?:COPD|ARDS|PICC|CABG|LVAD|AICD)\b)[A-Z]{4,}(?:\s+[A-Z]\b\.?)?(?!\s*[:,]|\w|\s+[A-Z]{2})(?=[\s\S]*[a-z])))"
+)
+_HALF_DAY = r"(?:[ap]\.m\.|[ap]m\b)"
+_AND_DAYS = r"(?:,?\s+(?:and|or|to)\s+\d{1,2}/\d{1,2}\b(?!/))*"  # 3/14/2150 and 4/1
 # "8 F catheter tip", "chest tube, 28 F": F is the French size there, not a sex. "28F chest tube" is taken for a person.
 _DEVICE = (
   r"(?:catheter|sheath|tube|drain|pigtail|picc|line|stent|cannula|introducer|dilator|needle|port|foley|dobhoff)s?\b"
@@ -64,10 +93,16 @@ _NAMED_PERSONS = (
 IDENTIFIERS = (
   _NAMED_PERSONS,
   (
+    r"\b(?:electronically |digitally )?(?:signed|dictated|transcribed|approved|verified|interpreted|reviewed|read)"
+    rf" by\b:?\s+{_FULL_NAME}(?:,\s*(?-i:MD|DO|PA|RN)\b)?",
+    "",
+  ),
+  (
     rf"\b(?:{_WHOSE}\s+){{0,2}}{_NO_THING}name\s*[:=]\s*"
     rf"(?:{_NAME},\s*{_NAME}(?:\s+(?-i:[A-Z])\b)?|{_FULL_NAME}|{_SMALL_NAME}(?:\s+{_SMALL_NAME})?)",
     "",
   ),
+  (_CAPITALS_NAME, r"\1"),
   # Bounded, and without blanks that two parts may share: long texts would take for ever.
   (r"[^\s@]{1,64}@[^\s@]{1,255}\.\w+", ""),
   (
@@ -76,20 +111,21 @@ IDENTIFIERS = (
     "",
   ),
   (r"(?:\b\+?1[-. ])?\(?\b\d{3}\)?[-. ]\d{3}[-. ]\d{4}\b", ""),
+  (r"(?<![\w.-])\d{3}-\d{4}(?![\w-]|\s(?:ml|cc|mg|mm|hu)\b)", ""),
   (
     r"\b\d{1,4}([/.-])\d{1,2}\1\d{2,4}"
-    r"(?:\b|T\d{1,2}(?::?\d{2}){1,2}(?:[.,]\d+)?(?:Z|[-+]\d{2}:?\d{2})?(?!\w))",
+    rf"(?:\b|T\d{{1,2}}(?::?\d{{2}}){{1,2}}(?:[.,]\d+)?(?:Z|[-+]\d{{2}}:?\d{{2}})?(?!\w)){_AND_DAYS}",
     "",
   ),
-  (r"\b(?:on|dated|from|since|of)\s+\d{1,2}/\d{1,2}\b(?!/)", ""),
+  (rf"\b(?:on|dated|from|since|of|compared (?:to|with))\s+\d{{1,2}}/\d{{1,2}}\b(?!/){_AND_DAYS}", ""),
   (r"\b(?:0?[1-9]|1[0-2])/(?:19|2[01])\d{2}\b", ""),
   (
-    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?[-/\s]+{_MONTH}|{_MONTH}[-/\s]+\d{{1,2}}(?:st|nd|rd|th)?)"
+    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th)?[-/\s]+(?:of\s+)?{_MONTH}|{_MONTH}[-/\s]+\d{{1,2}}(?:st|nd|rd|th)?)"
     r"(?:(?:,?\s+|[-/,])\d{4}|[-/]\d{2})?(?!\w)",
     "",
   ),
   (rf"\b{_MONTH}[-/,\s]+\d{{4}}\b", ""),
-  (r"\b\d{1,2}:\d{2}(?::\d{2})?(?:\s*(?:[ap]\.m\.|[ap]m\b))?", ""),
+  (rf"\b\d{{1,2}}(?::\d{{2}}(?::\d{{2}})?(?:\s*{_HALF_DAY})?|\s*{_HALF_DAY})", ""),
   (r"\b[a-z]{0,3}\d{6,}(?:t\d{4,6})?\b", ""),
   (r"_{2,}", ""),
 )
@@ -102,7 +138,8 @@ DEMOGRAPHICS = (
   ),
   (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b|{_MONTHS})?(?!\w){_SEX}", ""),
   (r"\bage\s*[:=]\s*(?:n/a|not?[ \t]+\w+|un\w+)", ""),
-  (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_YEARS}[-\s]*(?-i:[MF]){LETTER_END})", "patient"),
+  (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_INFANT}|{_YEARS}[-\s]*(?-i:[MF]){LETTER_END})", "patient"),
+  (rf"\b({_PERSON}){AGE_BEHIND}", r"\1"),
   (rf"\bin (?:his|her|their) (?:(?:early|mid|late)[-\s])?(?:{_NUMBER}s|\w+ties)\b", ""),
   # What the first group holds stays.
   (rf"({FRENCH})|(?:(?<!\w)(?<!\d[.,])\d{{1,3}}\s?/?\s?|{BLANKED})(?-i:[MF]){LETTER_END}", r"\1"),
@@ -111,20 +148,16 @@ DEMOGRAPHICS = (
   (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|adult|aged|infant|child|teenager?)\b", ""),
   # "old" alone is a finding: an old fracture.
   (rf"\b(?:an? )?old(?=\s+{_PERSON}\b)", ""),
+  # White and black alone are colours of findings.
+  (rf"\b(?:an? )?(?:{'|'.join(RACES.values())}|(?:white|black)(?=\s+{_PERSON}\b))(?!\w)", ""),
+  (rf"\b(?:an? )?(?:{_SEXES})\b", "patient"),
   (
-    r"\b(?:an? )?(?:white|caucasian|black|african[-\s]american|asian|hispanic|latin[oa])"
-    rf"(?=\s+{_PERSON}\b)",
-    "",
-  ),
-  (r"\b(?:an? )?(?:caucasian|african[-\s]american|hispanic|latin[oa])\b", ""),
-  (r"\b(?:an? )?(?:males?|females?|m[ae]n|wom[ae]n|gentlem[ae]n|lad(?:y|ies)|boys?|girls?)\b", "patient"),
-  (
-    r"\b(?:(?:husband|wife|spouse|mother|father|brother|sister|son|daughter)(?!\w)|(?-i:[Mm]r|[Mm]rs|MRS|[Mm]s)\.(?!\w))",
+    rf"\b(?:{'|'.join(RELATIVES.values())}|spouse|(?:{'|'.join(TITLES.values())})\.?|(?-i:mr|MRS|ms)\.)(?!\w)",
     "relative",
   ),
   (r"\b(?:s?he|himself|herself)\b", "the patient"),
   (r"\b(?:his|hers?|him)\b", "the"),
-  (r"\b(?:right |left )?(?:breasts?|mammary|prostate|prostatic|uter(?:us|ine)|ovar(?:y|ian)|pregnan(?:t|cy))\b", ""),
+  (rf"\b(?:right |left )?(?:breasts?|mammary|{'|'.join(ORGANS.values())})\b", ""),
   (r"\b(patient)(?:[\s,]+(?:the )?patient)+\b", r"\1"),
 )
 # Names before "Mr." becomes a relative; ages before "___ year old" loses its blank.

@@ -127,6 +127,15 @@ def test_rarest_cells_are_those_with_fewest_training_images(source, tmp_path, na
     ("8 F catheter tip. Nodule 2.5 F. Correlate with MR. Patient F/U. 72 year old f/u", {"age": {2}}),
     ("Nodule, 2 year F/U. Recommend 1 yr F/U CT. 12 F/U, ___ F/U, ___ M. Smith.", {}),
     ("___F. Cough.", {"sex": {1}}),
+    *((text, {"sex": {1}}) for text in ("Both females.", "ladies", "girls", "Mrs. Doe", "mother of two", "Ms Doe")),
+    *((text, {"sex": {1}}) for text in ("pregnant", "herself", "Pregnancies", "ovarian cyst", "wife")),
+    *((text, {"sex": {0}}) for text in ("two males", "boys", "gentlemen", "prostate", "himself", "Mr Doe", "fathers")),
+    *((text, {"age": {2}}) for text in ("aged 72y", "AGE:72Y", "age seventy-two", "aged seventy two", "72-y-o")),
+    *((text, {"age": {0}}) for text in ("8-week-old", "a 7 month old", "seven-year-old", "aged 6 weeks", "age twelve")),
+    ("Female, 72. Men 65", {"age": {2}, "sex": {0, 1}}),
+    ("Female, 72 mm? Women, 65.5", {"sex": {1}}),
+    ("Dressing, ageless image, average 72, stage 3. Manage one nodule. Fracture 8 weeks old, 12 days of MS.", {}),
+    ("Correlate with MR, MRS. MS. Miss-placed line. Prosthesis, hernia, seasons. Sister Mary Joseph nodule.", {}),
     ("A left effusion of 52 mm, 50 m away, B lines, 3 weeks old. Shear. Manubrium. 2 yearly films.", {}),
   ],
 )
@@ -200,8 +209,9 @@ def test_race_and_short_sex_names():
       Attribute("race", "categorical", values=("White", "Black", "Hispanic")),
     )
   )
-  named = {n: set(levels) for n, levels in Scanner(schema)("African American woman").items()}
-  assert named == {"sex": {1}, "race": {1}}
+  scanner = Scanner(schema)
+  for text, race in (("African American woman", 1), ("African-Americans", 1), ("Latinas: she", 2), ("Whites", 0)):
+    assert {n: set(levels) for n, levels in scanner(f"{text} (her)").items()} == {"sex": {1}, "race": {race}}
 
 
 @pytest.mark.parametrize(
