@@ -195,7 +195,9 @@ def _cell_section(
     text
     + _table(["cell", "images", "patients", "pairs in training", "train images with unknowns that may belong"], body)
     + f"\n\nNo patient of these cells is in train or val: {moved['images']} images of {moved['patients']} patients"
-    f" went to test, {sum(holdout['cost'].values())} of them from other cells (holdout.json, `cost`)."
+    f" went to test, {sum(holdout['cost'].values())} of them from other cells (holdout.json, `cost`). Words that name a"
+    f" level of these cells: in texts of train and val {holdout['text']['status']}, in those of test"
+    f" {holdout['text']['test']['status']} (holdout_leaks.csv)."
   )
 
 

@@ -34,8 +34,9 @@ from compdiff_jax.data.records import (
   write_attributes,
   write_description,
 )
-from data_prep import card, checksums, duplicates
-from data_prep.holdouts import attribute_columns, hold_out
+from data_prep import card, checksums, duplicates, text_leaks
+from data_prep.holdouts import attribute_columns, hold_out, report_lines
+from data_prep.leaks import Scanner
 from data_prep.rows import RowError
 from data_prep.shards import HERE, Runner, Task, read_note, run_tasks
 
@@ -168,7 +169,8 @@ def write_dataset(
     size: image height and width in pixels, for the card.
     command: the command line, for the card; see `command_line`.
     encode: makes the encoded image of `row["image"]`, or raises `RowError`. The default takes finished bytes.
-    held_out: cells that must not occur in train and val. A patient with any image in such a cell goes to test.
+    held_out: cells that must not occur in train and val. A patient with any image in such a cell goes to test, also
+      where only text and attributes together say so. Texts that name a level of a cell are counted and listed.
     max_rejected: largest accepted share of rejected rows.
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the
@@ -191,7 +193,9 @@ def write_dataset(
   _check_rejected(out, len(rows), rejected, max_rejected)
   natural = _assign(rows, fractions)
   assigned = list(natural)
-  hold_out(rows, assigned, schema, held_out)
+  scanner = Scanner(schema)
+  named = {row["key"]: scanner(row["text"]) for row in rows} if held_out else {}
+  hold_out(rows, assigned, schema, held_out, text_leaks.placed(rows, assigned, named, held_out, schema))
   _check_patients(out, rows, assigned)
   shards = _shards(rows, assigned, encode, shard_mib)
   _check_splits(out, shards, rows, fractions)
@@ -222,10 +226,14 @@ def write_dataset(
     # Described again, without the images that could not be read.
     before = {row["key"]: split for row, split in zip(rows, natural)}
     moved = {row["patient"] for row, own, split in zip(rows, natural, assigned) if own != split}
-    placed = [row["patient"] in moved for row in written]
-    holdout = hold_out(written, [before[row["key"]] for row in written], schema, held_out, placed)
+    own = [before[row["key"]] for row in written]
+    by_text = sum(text_leaks.placed(written, own, named, held_out, schema))
+    holdout = hold_out(written, own, schema, held_out, [row["patient"] in moved for row in written])
     if holdout:
+      leaks = text_leaks.find(written, own, named, held_out, schema)
+      holdout["text"] = text_leaks.describe(leaks, own, by_text)
       (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
+      _write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
     _write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
     repeated = duplicates.find(splits)
     _write_csv(directory / "duplicates.csv", duplicates.COLUMNS, repeated)
@@ -421,7 +429,7 @@ def _report(
   print(f"{out}: {total}" + (f" (reasons in {out / 'rejected.csv'})" if rejected else ""))
   for split, members in splits.items():
     print(f"  {split:5s} {len(members):7d} images of {len({row['patient'] for row in members})} patients")
-  for text, count in (holdout or {"images": {}})["images"].items():
-    print(f"  held out {text}: {count} images, {holdout['status'][text]}")
+  for line in report_lines(holdout) if holdout else ():
+    print(line)
   print(f"  {duplicates.summary(repeated)}")
   print(f"  data card: {out / 'README.md'}, {out / 'sheet.png'}")

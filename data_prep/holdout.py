@@ -5,10 +5,11 @@ image there ("72 year old woman" where the table does not know the sex). Beside 
 
   holdout.json          cells, status (pair-seen: each pair of the cell's levels remains in training), counts, proof
   holdout_images.csv    the evaluation list: every test image of a removed cell
-  holdout_leaks.csv     training and validation texts that name a level of a removed cell
+  holdout_leaks.csv     texts that name a level of a removed cell, with their split
 
-A text that names such a level lets a model learn the level as a word. With any of those the cells are not unseen for a
-model that reads the text, so the command ends with an error unless --allow_text_leaks is given.
+A training text that names such a level lets a model learn the level as a word. With any of those the cells are not
+unseen for a model that reads the text, so the command ends with an error unless --allow_text_leaks is given. Test texts
+are counted apart: plans made with --like copy them into prompts.
 """
 
 import csv
@@ -24,14 +25,13 @@ import numpy as np
 from compdiff_jax import cli
 from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import SPLITS, RecordSet, decode_image, write_description, write_split
-from data_prep import card, checksums
+from data_prep import card, checksums, text_leaks
 from data_prep.dataset import parse_cells
-from data_prep.holdouts import attribute_columns, hold_out
+from data_prep.holdouts import attribute_columns, hold_out, report_lines
 from data_prep.leaks import Scanner, read_patterns
 
 _PROG = "python -m data_prep.holdout"
 _TRAINING = ("train", "val")
-_LEAK_COLUMNS = ("key", "split", "cell", "attribute", "level", "words")
 _IMAGE_COLUMNS = ("key", "patient", "cell", "status")
 _SHOWN = 3  # keys named in the error
 
@@ -68,32 +68,29 @@ def main(argv: list[str]) -> None:
     cells = parse_cells(args.cells, records.schema)
   already = [records.schema.parse_cell(text) for text in records.held_out]
   cells = [*already, *(cell for cell in cells if cell not in already)]
-  placed = [split != "test" and _placed(row, cells, records.schema, scanner) for row, split in zip(rows, assigned)]
+  named = {row["key"]: scanner(row["text"]) for row in rows}
+  placed = text_leaks.placed(rows, assigned, named, cells, records.schema)
   holdout = hold_out(rows, assigned, records.schema, cells, placed)
 
   # ---- The proof
-  leaks = _text_leaks(rows, assigned, cells, records.schema, scanner)
-  if leaks and not args.allow_text_leaks:
+  leaks = text_leaks.find(rows, assigned, named, cells, records.schema)
+  learned = [leak for leak in leaks if leak["split"] in _TRAINING]
+  if learned and not args.allow_text_leaks:
     place = args.out.with_name(f"{args.out.name}.leaks.csv")
     with cli.writing(place):
-      _write_csv(place, _LEAK_COLUMNS, leaks)
-    keys = list(dict.fromkeys(leak["key"] for leak in leaks))
+      _write_csv(place, text_leaks.COLUMNS, learned)
+    keys = list(dict.fromkeys(leak["key"] for leak in learned))
     raise cli.InputError(
       f"{len(keys)} training and validation texts name a level of a held-out cell ({', '.join(keys[:_SHOWN])} ...);"
       f" see {place}; take the words out of the texts, correct --patterns, or accept them with --allow_text_leaks"
     )
-  holdout["text"] = {
-    "status": _status(leaks),
-    "texts_scanned": sum(split != "test" for split in assigned),
-    "texts_naming_a_level": len({leak["key"] for leak in leaks}),
-    "moved_by_text": sum(placed),
-  }
+  holdout["text"] = text_leaks.describe(leaks, assigned, sum(placed))
 
   # ---- The data set
   with cli.whole_directory(args.out) as directory:
     _write(directory, records, rows, assigned, holdout, shlex.join([*_PROG.split(), *argv]))
     _write_csv(directory / "holdout_images.csv", _IMAGE_COLUMNS, evaluation_list(rows, cells, records.schema, holdout))
-    _write_csv(directory / "holdout_leaks.csv", _LEAK_COLUMNS, leaks)
+    _write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
     holdout["proof"] = _proof(RecordSet(directory), cells)
     (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
     checksums.write(directory)
@@ -121,40 +118,6 @@ def rarest_cells(rows: Sequence[Row], schema: Schema, count: int) -> list[dict[s
   if count >= len(present):
     raise cli.InputError(f"--rarest {count}: training has images in {len(present)} cells; leave at least one")
   return [schema.parse_cell(name) for name in present[:count]]
-
-
-def _placed(row: Row, cells: Sequence[Cell], schema: Schema, scanner: Scanner) -> bool:
-  """Whether text and attributes together put a record into a cell that the attributes alone do not."""
-  named = scanner(row["text"])
-  own = {a.name: int(a.levels(np.asarray(row["attributes"][a.name])[None])[0]) for a in schema.grouping}
-
-  def joined(cell: Cell) -> bool:
-    return all(own[name] == level or level in named.get(name, ()) for name, level in cell.items())
-
-  return any(joined(cell) and any(own[name] != level for name, level in cell.items()) for cell in cells)
-
-
-def _text_leaks(
-  rows: Sequence[Row], assigned: Sequence[str], cells: Sequence[Cell], schema: Schema, scanner: Scanner
-) -> list[dict[str, str]]:
-  """One entry for each level of a held-out cell that a text of train or val names."""
-  leaks = []
-  for row, split in zip(rows, assigned):
-    if split == "test":
-      continue
-    named = scanner(row["text"])
-    for cell in cells:
-      for name, level in cell.items():
-        if level in named.get(name, ()):
-          where = {"key": row["key"], "split": split, "cell": schema.cell_name(cell)}
-          what = {"attribute": name, "level": schema[name].level_names[level], "words": named[name][level]}
-          leaks.append({**where, **what})
-  return leaks
-
-
-def _status(leaks: Sequence[Mapping[str, str]]) -> str:
-  names = sorted({leak["attribute"] for leak in leaks})
-  return f"leaks: {', '.join(names)}" if names else "no leak"
 
 
 def evaluation_list(
@@ -265,12 +228,12 @@ def _write_csv(path: Path, columns: Sequence[str], lines) -> None:
 
 
 def _report(out: Path, holdout: Mapping[str, Any]) -> None:
-  for cell in holdout["cells"]:
-    print(f"held out {cell}: {holdout['images'][cell]} images, {holdout['status'][cell]}")
-  moved, proof, text = holdout["moved_to_test"], holdout["proof"], holdout["text"]
-  print(f"  moved to test: {moved['images']} images of {moved['patients']} patients, {text['moved_by_text']} by text")
+  for line in report_lines(holdout):
+    print(line)
+  moved, proof = holdout["moved_to_test"], holdout["proof"]
+  by_text = holdout["text"]["moved_by_text"]
+  print(f"  moved to test: {moved['images']} images of {moved['patients']} patients, {by_text} by text")
   print(f"  {proof['images_checked']} training and validation images checked: none in these cells or of their patients")
-  print(f"  {text['texts_scanned']} texts scanned: {text['status']}")
   print(f"  evaluation list: {out / 'holdout_images.csv'}")
 
 

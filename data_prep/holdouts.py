@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,21 @@ def hold_out(
     "maybe_in_train": {schema.cell_name(cell): _maybe_inside(columns, schema, cell, assigned) for cell in cells},
     "cost": dict(sorted(Counter(names[i] for i in moved if not any_inside[i]).items())),
   }
+
+
+def report_lines(holdout: Mapping[str, Any]) -> Iterator[str]:
+  """What the terminal shows of a finished holdout.json: cells, what may still be in training, and texts."""
+  for cell in holdout["cells"]:
+    yield f"  held out {cell}: {holdout['images'][cell]} images, {holdout['status'][cell]}"
+    if maybe := holdout["maybe_in_train"][cell]:
+      yield f"    {maybe} training images may belong to it: an attribute of theirs is unknown"
+  text, test = holdout["text"], holdout["text"]["test"]
+  yield f"  {text['texts_scanned']} training and validation texts scanned: {text['status']}"
+  if text["texts_naming_a_level"] or test["texts_naming_a_level"]:
+    yield (
+      f"  {text['texts_naming_a_level']} of them and {test['texts_naming_a_level']} of {test['texts_scanned']} test"
+      " texts, which plans made with --like copy into prompts, name a level of a held-out cell: see holdout_leaks.csv"
+    )
 
 
 def _occurring(columns: Mapping[str, np.ndarray], schema: Schema, cell: Cell) -> str:

@@ -152,17 +152,39 @@ def _with_texts(texts, tmp_path, attributes=None):
   return tmp_path / "source"
 
 
-def test_text_that_completes_a_cell_moves_its_patient(tmp_path):
+def test_text_that_completes_a_cell_moves_its_patient(tmp_path, capsys):
   """The table does not know the sex; the text does."""
   texts = {i: "Woman with effusion." for i in range(40)}
   source = _with_texts(texts, tmp_path, {"age": 50.0, "sex": -1, "group": 1})
   before = records(source)
   keys = {f"k{i}" for i in texts}
+  tested = sum(r["key"] in keys for r in before["test"])
   moved = sum(r["key"] in keys for split in ("train", "val") for r in before[split])
   found = _run(source, tmp_path / "out", "--cells", _CELL)
-  after = records(tmp_path / "out")
-  assert keys <= {r["key"] for r in after["test"]} and moved > 20
+  # A builder's own --holdout does the same.
+  items = [{**item, "text": texts.get(i, "No effusion.")} for i, item in enumerate(examples(500, images_per_patient=1))]
+  for i in texts:
+    items[i]["attributes"] = {"age": 50.0, "sex": -1, "group": 1}
+  write(tmp_path / "built", items, held_out=[SCHEMA.parse_cell(_CELL)])
+  built = json.loads((tmp_path / "built" / "holdout.json").read_text())
+  assert built == {name: value for name, value in found.items() if name != "proof"}
+  for place in ("out", "built"):
+    after = records(tmp_path / place)
+    assert keys <= {r["key"] for r in after["test"]} and moved > 20
+    leaks = _read_csv(tmp_path / place / "holdout_leaks.csv")
+    assert {(line["key"], line["split"], line["level"]) for line in leaks} == {(key, "test", "female") for key in keys}
+    card = (tmp_path / place / "README.md").read_text()
+    assert "texts of train and val no leak, in those of test leaks: sex (holdout_leaks.csv)" in card
   assert found["text"]["moved_by_text"] == moved and found["text"]["status"] == "no leak"
+  # Plans made with --like copy the texts of test into prompts.
+  test = found["text"]["test"]
+  assert test == {"status": "leaks: sex", "texts_scanned": len(after["test"]), "texts_naming_a_level": moved + tested}
+  lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+  assert lines.count(f"{len(after['train']) + len(after['val'])} training and validation texts scanned: no leak") == 2
+  assert sum(line.startswith(f"0 of them and {len(keys)} of {len(after['test'])} test texts") for line in lines) == 2
+  # Those of unknown sex, aged 40 to 60, of group B, whose text says nothing.
+  maybe = sum(40 <= a["age"] < 60 and a["sex"] < 0 and a["group"] for a in (r["attributes"] for r in after["train"]))
+  assert lines.count(f"{maybe} training images may belong to it: an attribute of theirs is unknown") == 2 and maybe
 
 
 def test_text_that_names_a_level_is_an_error_that_lists_it(tmp_path):
@@ -179,7 +201,8 @@ def test_text_that_names_a_level_is_an_error_that_lists_it(tmp_path):
   assert {(line["key"], line["attribute"], line["level"]) for line in lines} == wanted
   found = _run(source, tmp_path / "allowed", "--cells", _CELL, "--allow_text_leaks")
   assert found["text"]["status"] == "leaks: " + ", ".join(sorted({attribute for _, attribute, _ in wanted}))
-  assert found["text"]["texts_naming_a_level"] == len(_read_csv(tmp_path / "allowed" / "holdout_leaks.csv"))
+  listed = {line["key"] for line in _read_csv(tmp_path / "allowed" / "holdout_leaks.csv") if line["split"] != "test"}
+  assert found["text"]["texts_naming_a_level"] == len(listed)
 
 
 def test_patterns_of_the_user_replace_the_built_in_ones(tmp_path):
