@@ -16,6 +16,7 @@ from data_prep.images import ImageOptions
 from data_prep.rows import RowError
 from data_prep.schemas import CHEXPERT_LABELS
 
+_MAX_WORDS = 60
 _SECONDS = 5.0  # between two reports of progress
 _STATES = {"1": "positive", "0": "negative", "-1": "uncertain"}
 
@@ -48,14 +49,14 @@ class Options:
     source: the folder of the public data set, as it is distributed.
     images: size and format of the stored images.
     official: keep the splits that the data set comes with; otherwise patients are divided by their hash.
-    max_words, rules: how texts are cut and scrubbed.
+    max_words, rules: how free texts are cut and scrubbed.
   """
 
   source: Path
   images: ImageOptions
   official: bool
-  max_words: int
-  rules: scrub.Rules
+  max_words: int = _MAX_WORDS
+  rules: scrub.Rules = scrub.ALL
 
   def text(self, raw: str) -> str:
     """Free text without identifiers and demographics."""
@@ -75,24 +76,30 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
   parser.add_argument(
     "--split", default="official", choices=("official", "patient"), help="the data set's own splits, or by patient hash"
   )
-  parser.add_argument("--max_words", type=int, default=60, help="texts are cut after so many words")
-  parser.add_argument("--scrub", metavar="FILE", help="more rules for free text, one regular expression a line")
   dataset.add_arguments(parser)
   return parser
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+  """The options of free text: builders whose texts are worded from labels do not have them."""
+  parser.add_argument("--max_words", type=int, default=_MAX_WORDS, help="free texts are cut after so many words")
+  parser.add_argument("--scrub", metavar="FILE", help="more rules for free text, one regular expression a line")
 
 
 def options(args: argparse.Namespace) -> Options:
   if not Path(args.source).is_dir():
     raise InputError(f"--source {args.source} is not a folder")
-  if args.max_words < 1:
-    raise InputError(f"--max_words {args.max_words}: give a positive number")
-  return Options(
+  common = Options(
     source=Path(args.source),
     images=ImageOptions(args.size, args.resize, args.jpeg_quality),
     official=args.split == "official",
-    max_words=args.max_words,
-    rules=(*scrub.ALL, *(scrub.read_rules(args.scrub) if args.scrub else ())),
   )
+  if "max_words" not in args:
+    return common
+  if args.max_words < 1:
+    raise InputError(f"--max_words {args.max_words}: give a positive number")
+  rules = (*scrub.ALL, *(scrub.read_rules(args.scrub) if args.scrub else ()))
+  return dataclasses.replace(common, max_words=args.max_words, rules=rules)
 
 
 def write(prog: str, builder: Builder, args: argparse.Namespace, argv: Sequence[str]) -> None:

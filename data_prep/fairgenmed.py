@@ -37,6 +37,10 @@ _GLAUCOMA = {
   **dict.fromkeys(("1", "1.0", "yes", "y", "true"), ("glaucoma", {"glaucoma": "positive"})),
   **dict.fromkeys(("0", "0.0", "no", "n", "false"), ("non-glaucoma", {"glaucoma": "negative"})),
 }
+_SEVERITY = {
+  "normal": ("normal vision", {"vision loss": "negative"}),
+  **{level: (f"{level} vision loss", {"vision loss": "positive"}) for level in ("mild", "moderate", "severe")},
+}
 _CUP_DISC = {
   "normal": ("normal cup-disc ratio", {"abnormal cup-disc ratio": "negative"}),
   "borderline": ("borderline cup-disc ratio", {"abnormal cup-disc ratio": "uncertain"}),
@@ -99,19 +103,14 @@ def conditions(glaucoma: str, severity: str, cup_disc: str, refraction: str) -> 
   """The findings-only text of the reference's prompt and the findings; an unknown value is left out of both."""
   parts = []
   for column, value, table in zip(
-    _CONDITIONS, (glaucoma, severity, cup_disc, refraction), (_GLAUCOMA, None, _CUP_DISC, _REFRACTION)
+    _CONDITIONS, (glaucoma, severity, cup_disc, refraction), (_GLAUCOMA, _SEVERITY, _CUP_DISC, _REFRACTION)
   ):
     value = value.strip().lower()
     if value in UNKNOWN:
       continue
-    if table is None:
-      lost = value != "normal"
-      words = f"{value} vision loss" if lost else "normal vision"
-      parts.append((words, {"vision loss": "positive" if lost else "negative"}))
-    elif value in table:
-      parts.append(table[value])
-    else:
+    if value not in table:
       raise RowError(f"bad value: {column} {value!r} is not one of {', '.join(table)}")
+    parts.append(table[value])
   findings = {name: state for _, found in parts for name, state in found.items()}
   return ", ".join(words for words, _ in parts), findings
 

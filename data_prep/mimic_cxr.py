@@ -219,6 +219,7 @@ class _Reports:
 
 def main(argv: list[str]) -> None:
   parser = builder.parser(_PROG, "MIMIC-CXR (JPG or DICOM, reports, MIMIC-IV demographics) as a data set.")
+  builder.add_text_arguments(parser)
   parser.add_argument("--mimic_iv", type=Path, help="folder of patients.csv.gz and admissions.csv.gz; default --source")
   parser.add_argument("--views", default="PA,AP", help="ViewPosition values to keep; empty keeps all")
   parser.add_argument("--labels", default="chexpert", choices=("chexpert", "negbio"), help="labeller of the findings")

@@ -64,8 +64,9 @@ class ReferenceTars:
     kinds = {kind for kind, _ in metadata if kind}
     if len(kinds) != 1:
       raise InputError(f"{options.source} holds {' and '.join(sorted(kinds)) or 'no readable'} samples; give one kind")
+    self.free_text = kinds == {"chest"}
     races = recorded_races(str(values.get("race") or "") for _, values in metadata)
-    self.schema = demographic_schema(CHEST_RACES if kinds == {"chest"} else FUNDUS_RACES, races)
+    self.schema = demographic_schema(CHEST_RACES if self.free_text else FUNDUS_RACES, races)
     self.encode = TarImages(str(options.source), options.images)
 
   def __len__(self) -> int:
@@ -208,8 +209,13 @@ def _to_image(values: np.ndarray) -> Image.Image:
 
 
 def main(argv: list[str]) -> None:
-  args = builder.parser(_PROG, "The WebDataset shards of the CompDiff reference as a data set.").parse_args(argv)
-  builder.write(_PROG, ReferenceTars(builder.options(args)), args, argv)
+  parser = builder.parser(_PROG, "The WebDataset shards of the CompDiff reference as a data set.")
+  builder.add_text_arguments(parser)
+  args = parser.parse_args(argv)
+  source = ReferenceTars(builder.options(args))
+  if not source.free_text and (args.scrub or args.max_words != parser.get_default("max_words")):
+    raise InputError("--scrub and --max_words are for free text; fundus samples are worded from labels: leave them out")
+  builder.write(_PROG, source, args, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ A config file (configs/data/*.py) maps columns to attributes, text, findings and
   text.parts          templates such as "{finding}."; a part is left out when one of its columns is unknown. Braces hold
                       the name of a column only, no format specification such as ":.1f"
   text.replace        (regular expression, replacement) pairs, ignoring case, applied to the columns of the text; they
-                      keep attributes and identifiers out of it, as the rules of data_prep/scrub.py do
+                      keep attributes and identifiers out of it. No others are: free text needs data_prep.scrub.ALL here
   text.max_words      the text is cut after so many words
   findings.columns    columns whose values are names of findings that are present
   findings.separator  separates several names in one value

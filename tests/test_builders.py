@@ -175,6 +175,20 @@ def test_mimic_tables_that_cannot_be_read(source, capsys):
   assert "is not a folder" in error_line(mimic_cxr, source / "none", capsys)
 
 
+def test_options_of_free_text_are_only_where_there_is_some(source, capsys):
+  (source / "rules.txt").write_text("effusion => fluid\n")
+  options = ("--scrub", source / "rules.txt", "--max_words", "4")
+  for module in (nih_cxr14, chexpert, fairgenmed):
+    getattr(prep_layouts, module.__name__.rpartition(".")[2])(source)
+    assert "--scrub" in error_line(module, source, capsys, *options)
+  prep_layouts.reference_tars(source, "fundus")
+  assert "fundus samples are worded from labels" in error_line(reference_tars, source, capsys, *options)
+  truth = prep_layouts.mimic_cxr(source)
+  assert build(mimic_cxr, source, *options) == 0
+  texts = {record["text"] for record in stored(source, truth).values()}
+  assert texts == {"Small left pleural fluid.", "No acute cardiopulmonary process."}
+
+
 def test_prepared_table_of_the_reference(source):
   truth = prep_layouts.prepared_csv(source)
   assert build(mimic_cxr, source, "--csv", source / "split_data.csv") == 0

@@ -210,5 +210,9 @@ def test_conditions_of_a_fundus_image():
   assert findings["abnormal cup-disc ratio"] == "uncertain" and findings["myopia"] == "negative"
   assert conditions("0", "", "unknown", "") == ("non-glaucoma", {"glaucoma": "negative"})
   assert conditions("", "", "", "") == ("", {})
+  for level in ("mild", "moderate", "severe"):
+    assert conditions("", level, "", "") == (f"{level} vision loss", {"vision loss": "positive"})
   with pytest.raises(RowError, match="cdr_status 'huge'"):
     conditions("1", "normal", "huge", "positive")
+  with pytest.raises(RowError, match="md_severity 'jane doe' is not one of normal, mild, moderate, severe"):
+    conditions("1", "Jane Doe", "normal", "positive")
