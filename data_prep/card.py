@@ -69,8 +69,9 @@ def write_card(
     _rejected_section(rejected),
     _licence_section(licence, splits),
     "## Intended use\n\nResearch on generative models and their fairness. Not for clinical use. Patient ids are"
-    " stored as salted SHA-256 hashes; all images of a patient are in one split. rejected.csv names source files, which"
-    " may name patients: leave it out when the data set is passed on. `python -m data_prep.verify` checks all of this.",
+    " stored as salted SHA-256 hashes; all images of a patient are in one split. rejected.csv names source files"
+    " and quotes refused values, which may name patients: leave it out when the data set is passed on. `python -m"
+    " data_prep.verify` checks all of this.",
   ]
   text = "\n\n".join(part for part in sections if part) + "\n"
   (directory / "README.md").write_text(text, encoding="utf-8")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from compdiff_jax import cli
-from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.data.records import SPLITS
 from data_prep import builder
@@ -21,7 +20,7 @@ from data_prep.demographics import UNKNOWN, encode, parse_age, parse_race, parse
 from data_prep.images import FolderImages
 from data_prep.rows import RowError
 from data_prep.schemas import AGE, CHEST_RACES, CHEXPERT_LABELS, SEX, demographic_schema
-from data_prep.tables import TableRow, find_table, plain_or_gzipped, read_lookup, read_rows
+from data_prep.tables import TableRow, find_table, known, plain_or_gzipped, read_lookup, read_rows
 
 _PROG = "python -m data_prep.chexpert"
 _TABLES = {"train.csv": SPLITS, "valid.csv": ("val",), "test.csv": ("test",)}
@@ -84,12 +83,10 @@ def _read_races(path: Path) -> dict[str, str]:
   """{patient: race}. "White, Hispanic" and a Hispanic ethnicity are Hispanic, as MIMIC-IV's single column has it."""
   races = {}
   for patient, row in read_lookup(path, "PATIENT", ("PRIMARY_RACE", "ETHNICITY")).items():
-    race, ethnicity = row["PRIMARY_RACE"].lower(), row["ETHNICITY"].lower()
+    race, ethnicity = row.values["PRIMARY_RACE"].lower(), row.values["ETHNICITY"].lower()
     hispanic = re.search(r", hispanic|^hispanic", race) or re.match(r"hispanic", ethnicity)
-    try:
-      races[patient] = "hispanic" if hispanic else parse_race("" if race in UNKNOWN else race)
-    except ValueError as error:
-      raise InputError(f"{path}: {patient}: {error}; extend data_prep/demographics.py") from None
+    value = "hispanic" if hispanic else "" if race in UNKNOWN else race
+    races[patient] = known(parse_race, value, path, row.number)
   return races
 
 

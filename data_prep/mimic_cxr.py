@@ -29,7 +29,7 @@ from data_prep.prompts import split_prompt
 from data_prep.reports import impression
 from data_prep.rows import RowError
 from data_prep.schemas import CHEST_RACES, CHEXPERT_LABELS, demographic_schema
-from data_prep.tables import TableRow, find_table, read_lookup, read_rows
+from data_prep.tables import TableRow, find_table, known, read_lookup, read_rows
 
 _PROG = "python -m data_prep.mimic_cxr"
 _RELEASE = "mimic-cxr-2.0.0"
@@ -92,7 +92,7 @@ class MimicCxr:
       "patient": subject,
       "text": text,
       "attributes": self._attributes(subject, values["StudyDate"]),
-      "findings": builder.chexpert_findings(self._labels[study]) if study in self._labels else {},
+      "findings": builder.chexpert_findings(self._labels[study].values) if study in self._labels else {},
       **self._options.splits(self._splits[dicom]),
     }
 
@@ -159,10 +159,14 @@ def _study_folder(subject: str, study: str) -> str:
 
 def _read_splits(path: Path) -> dict[str, str]:
   """{dicom_id: split} of the official split table."""
-  splits = {dicom: row["split"] for dicom, row in read_lookup(path, "dicom_id", ("split",)).items()}
-  for name in set(splits.values()) - _SPLITS.keys():
-    raise InputError(f"{path}: split {name!r} is not train, validate or test; fetch the file again")
-  return {dicom: _SPLITS[name] for dicom, name in splits.items()}
+  splits = {}
+  for dicom, row in read_lookup(path, "dicom_id", ("split",)).items():
+    if row.values["split"] not in _SPLITS:
+      raise InputError(
+        f"{path}, row {row.number}: split {row.values['split']!r} is not train, validate or test; fetch the file again"
+      )
+    splits[dicom] = _SPLITS[row.values["split"]]
+  return splits
 
 
 def _people(folder: Path, subjects: set[str]) -> dict[str, tuple[str, str, str, str]]:
@@ -173,19 +177,16 @@ def _people(folder: Path, subjects: set[str]) -> dict[str, tuple[str, str, str, 
   recorded: dict[str, set[str]] = {}
   admissions_path = find_table(places, ["admissions.csv"], "--mimic_iv")
   # MIMIC-IV 1.0 calls the column ethnicity.
-  for _, values, _ in read_rows(admissions_path, ("subject_id",), ("race", "ethnicity")):
+  for number, values, _ in read_rows(admissions_path, ("subject_id",), ("race", "ethnicity")):
     if values["subject_id"] in subjects:
-      recorded.setdefault(values["subject_id"], set()).add(values["race"] or values["ethnicity"])
+      race = known(parse_race, values["race"] or values["ethnicity"], admissions_path, number)
+      recorded.setdefault(values["subject_id"], set()).add(race)
   people = {}
   for subject in subjects & patients.keys():
     row = patients[subject]
-    try:
-      race = agreed_race(recorded.get(subject, set()))
-      people[subject] = (row["anchor_age"], row["anchor_year"], parse_sex(row["gender"]), race)
-    except ValueError as error:
-      raise InputError(
-        f"{patients_path.parent}: subject {subject}: {error}; extend data_prep/demographics.py"
-      ) from None
+    sex = known(parse_sex, row.values["gender"], patients_path, row.number)
+    race = agreed_race(recorded.get(subject, set()))
+    people[subject] = (row.values["anchor_age"], row.values["anchor_year"], sex, race)
   return people
 
 

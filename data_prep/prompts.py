@@ -21,8 +21,11 @@ _FUNDUS = re.compile(
 
 
 def split_prompt(prompt: str) -> dict[str, str]:
-  """The parts `text`, `age`, `sex` and `race` as written; an unknown age is "". `ValueError` for any other prompt."""
+  """The parts `text`, `age`, `sex` and `race` as written; an unknown age is "".
+
+  `ValueError` for any other prompt. It does not quote the prompt: the text of a patient would get into rejected.csv.
+  """
   for template in (_CHEST, _FUNDUS):
     if match := template.fullmatch(prompt.strip()):
       return {name: value or "" for name, value in match.groupdict().items()}
-  raise ValueError(f"the prompt follows neither template: {prompt.strip()[:60]!r}")
+  raise ValueError("the prompt follows neither template")

@@ -1,6 +1,6 @@
 """Finds and reads the tables of a public data set: CSV (also gzipped) and Parquet, only the columns that are used."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,16 +57,30 @@ def read_rows(path: str | Path, columns: Sequence[str], optional: Sequence[str] 
     yield TableRow(number, {**values, **absent}, fault)
 
 
-def read_lookup(path: str | Path, key: str, columns: Sequence[str]) -> dict[str, Mapping[str, str]]:
-  """{value of the column `key`: the other columns}; a damaged row or a key that occurs twice stops the run."""
-  found: dict[str, Mapping[str, str]] = {}
-  for number, values, fault in read_rows(path, (key, *columns)):
-    name = values.pop(key)
-    if fault or not name:
-      raise InputError(f"{path}, row {number}: {fault or f'{key} is empty'}; fetch the file again")
-    if found.setdefault(name, values) != values:
-      raise InputError(f"{path}, row {number}: {key} {name} occurs twice with different values; fetch the file again")
+def read_lookup(path: str | Path, key: str, columns: Sequence[str]) -> dict[str, TableRow]:
+  """{value of the column `key`: its first row}; a damaged row or one that contradicts an earlier one stops the run.
+
+  Errors name rows, never a key: it may be the id of a patient.
+  """
+  found: dict[str, TableRow] = {}
+  for row in read_rows(path, (key, *columns)):
+    name = row.values.pop(key)
+    if row.fault or not name:
+      raise InputError(f"{path}, row {row.number}: {row.fault or f'{key} is empty'}; fetch the file again")
+    first = found.setdefault(name, row)
+    if first.values != row.values:
+      raise InputError(
+        f"{path}, row {row.number}: its {key} is that of row {first.number}, with other values; fetch the file again"
+      )
   return found
+
+
+def known(parse: Callable[[str], str], text: str, path: str | Path, number: int) -> str:
+  """`parse(text)` of data_prep/demographics.py for a value that a whole table must have."""
+  try:
+    return parse(text)
+  except ValueError as error:
+    raise InputError(f"{path}, row {number}: {error}; extend data_prep/demographics.py") from None
 
 
 def _read_parquet(path: str | Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:

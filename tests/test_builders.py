@@ -175,6 +175,29 @@ def test_mimic_tables_that_cannot_be_read(source, capsys):
   assert "is not a folder" in error_line(mimic_cxr, source / "none", capsys)
 
 
+def test_tables_with_values_that_fit_nowhere_are_named_by_row_not_by_patient(source, capsys):
+  prep_layouts.mimic_cxr(source)
+  prep_layouts.chexpert(source)
+  demographics = ["--demographics", source / "demographics.csv"]
+  for module, options, table, column, value, words in (
+    (mimic_cxr, [], "hosp/admissions.csv.gz", "race", "MARTIAN", "race 'martian'"),
+    (mimic_cxr, [], "hosp/patients.csv.gz", "gender", "X", "sex 'x'"),
+    (mimic_cxr, [], "mimic-cxr-2.0.0-split.csv.gz", "split", "dev", "split 'dev'"),
+    (chexpert, demographics, "demographics.csv", "PRIMARY_RACE", "Martian", "race 'martian'"),
+  ):
+    header, rows = read_csv(source / table)
+    changed = [list(row) for row in rows]
+    changed[4][header.index(column)] = value
+    prep_layouts.write_table(source / table, header, changed)
+    line = error_line(module, source, capsys, *options)
+    assert f"{table}, row 6: {words}" in line and changed[4][0] not in line
+    prep_layouts.write_table(source / table, header, [*rows, [rows[2][0], *rows[5][1:]]])
+    if "admissions" not in table:
+      line = error_line(module, source, capsys, *options)
+      assert f"{table}, row {len(rows) + 2}: its {header[0]} is that of row 4, with" in line and rows[2][0] not in line
+    prep_layouts.write_table(source / table, header, rows)
+
+
 def test_options_of_free_text_are_only_where_there_is_some(source, capsys):
   (source / "rules.txt").write_text("effusion => fluid\n")
   options = ("--scrub", source / "rules.txt", "--max_words", "4")
@@ -206,7 +229,7 @@ def test_prepared_table_takes_nothing_from_prose(source, capsys):
   truth = prep_layouts.prepared_csv(source)
   header, rows = read_csv(source / "split_data.csv")
   column = {name: i for i, name in enumerate(header)}
-  rows[0][column["final_sentence"]] = "Chest film of an old man. Opacity."
+  rows[0][column["final_sentence"]] = "Chest film of Jane Doe. Opacity."
   rows[1][column["ethnicity"]] = "Martian"
   rows[2][column["split"]] = "holdout"
   rows[3][column["Edema"]] = "2.0"
@@ -217,7 +240,7 @@ def test_prepared_table_takes_nothing_from_prose(source, capsys):
   prep_layouts.write_table(source / "split_data.csv", header, rows)
   assert build(mimic_cxr, source, "--csv", source / "split_data.csv", "--max_rejected", "0.2") == 0
   reasons = {int(row["row"]): row["reason"] for row in rejected(source)}
-  assert sorted(reasons) == [2, 3, 4, 5, 6, 7]
+  assert sorted(reasons) == [2, 3, 4, 5, 6, 7] and "Doe" not in str(reasons)
   for number, reason in zip(
     range(2, 8),
     ("bad value: the prompt follows", "bad value: race", "bad split", "bad label", "bad attribute", "path outs"),
