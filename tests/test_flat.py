@@ -1,5 +1,7 @@
 """FLAT and the absent conditioner against the method written in torch, and exact parameter counts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import torch.nn.functional as torch_functional
 from conditioner_parity import (
   BATCHES,
   CHEST,
+  SEX,
   block,
   block_keys,
   build,
@@ -22,9 +25,12 @@ from conditioner_parity import (
   wide_params,
 )
 
+from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.flat import FlatConfig
+from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.conditioning.none import NoConditionerConfig
+from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.default_config import base
 from compdiff_jax.training.step import loss_coefficients
 
@@ -126,3 +132,12 @@ def test_no_conditioner_adds_nothing():
   assert not model.shapes and output.tokens.shape == (7, 0, 24) and output.time_vector is None
   assert not loss_terms(output)
   assert NoConditionerConfig().select(CHEST).names == ()
+
+
+@pytest.mark.parametrize("config", [FlatConfig(), HCNConfig()])
+def test_a_number_without_bins_is_refused(config):
+  """Its table would have one row for all values. Where it is not selected it may be there."""
+  schema = Schema((SEX, Attribute("age", "continuous", low=0, high=100, unit="year")))
+  with pytest.raises(InputError, match=r"conditioner: age is a number without bins.*kind 'typed' or 'additive'"):
+    build(config, schema)
+  build(dataclasses.replace(config, attributes=("sex",)), schema)

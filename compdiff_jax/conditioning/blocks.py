@@ -98,8 +98,16 @@ def sum_rows(table: Embed, rows: jax.Array) -> jax.Array:
 
 
 def add_tables(host: Any, schema: Schema, d_node: int, nulls: bool, rngs: nnx.Rngs) -> None:
-  """For each attribute a table, `emb_<name>`, and an embedding of the unknown value, `null_<name>`."""
+  """For each attribute a table, `emb_<name>`, and an embedding of the unknown value, `null_<name>`.
+
+  Raises InputError for a number without bins, of which a table would say nothing.
+  """
   for attribute in schema:
+    if num_rows(attribute) == 1:
+      raise InputError(
+        f"conditioner: {attribute.name} is a number without bins, all of whose values would be alike here; give it bins"
+        " in the schema, or use kind 'typed' or 'additive', which take the number itself"
+      )
     setattr(host, f"emb_{attribute.name}", Embed(num_rows(attribute), d_node, rngs=rngs))
     if nulls:
       setattr(host, f"null_{attribute.name}", learned_vectors(rngs, d_node))
