@@ -103,12 +103,18 @@ def test_a_step_trains_the_factors_and_leaves_the_unet():
 
 
 @pytest.mark.parametrize(
-  ("targets", "rank", "words"),
-  [(("to_p",), 2, "no linear layer is called 'to_p'"), (("to_q",), 7, "from 1 to 6"), (("to_q",), -1, "from 1 to 6")],
+  ("targets", "rank", "scale", "words"),
+  [
+    (("to_p",), 2, 1.0, "no linear layer is called 'to_p'"),
+    (("to_q",), 7, 1.0, "from 1 to 6"),
+    (("to_q",), -1, 1.0, "from 1 to 6"),
+    ((), 2, 1.0, "targets is empty"),
+    (("to_q",), 2, 0.0, "scale is 0"),
+  ],
 )
-def test_refused(targets, rank, words):
+def test_refused(targets, rank, scale, words):
   with pytest.raises(InputError, match=f"lora.*{words}"):
-    LoRA({"a.to_q.kernel": jax.ShapeDtypeStruct((8, 6), jnp.float32)}, targets, rank, 1.0)
+    LoRA({"a.to_q.kernel": jax.ShapeDtypeStruct((8, 6), jnp.float32)}, targets, rank, scale)
 
 
 def test_train_export_and_load_in_diffusers(workspace, trained, tmp_path):

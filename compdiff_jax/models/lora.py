@@ -27,7 +27,16 @@ class LoRA:
   """
 
   def __init__(self, network: Mapping[str, jax.ShapeDtypeStruct], targets: Sequence[str], rank: int, scale: float):
-    """`network`: shapes of the whole network; `targets`: ends of layer names such as "to_q" and "to_out.0"."""
+    """`network`: shapes of the whole network; `targets`: ends of layer names such as "to_q" and "to_out.0".
+
+    Raises InputError for targets that no layer has, a rank that does not fit, and where nothing would be trained.
+    """
+    if not targets:
+      raise InputError(
+        "lora.targets is empty, so nothing would be trained; name layers such as 'to_q', or set lora.rank=0"
+      )
+    if not scale:
+      raise InputError("lora.scale is 0, so nothing would be trained; set it to 1, for example, or set lora.rank=0")
     self.scale = scale
     self.shapes: dict[str, jax.ShapeDtypeStruct] = {}
     matrices = {name.removesuffix(".kernel"): x.shape for name, x in network.items() if len(x.shape) == 2}
