@@ -1,21 +1,23 @@
 """The additive conditioner: a token that is an analysis of variance (ANOVA) of the attributes.
 
   node  = base + sum of the main effect of each attribute + sum of the interaction of each pair of attributes
+          + the interaction of all attributes, where there are three or more
   token = Linear(node)
 
-The projection is linear without a norm before it, so the token is additive as well. Interactions are a table with a row
-for each pair of levels; rows start at zero and an L2 penalty pulls them back there. The penalty does not grow with the
-data while the pull of the data on a row grows with the number of its examples, so a frequent pair may leave the main
-effects, a rare one hardly does (the shrinkage of a random-effects model), and a pair that training has not seen is
-exactly the sum of its main effects.
+The projection is linear without a norm before it, so the token is additive as well. An interaction is a table with a
+row for each combination of levels; rows start at zero and an L2 penalty pulls them back there. The penalty does not
+grow with the data while the pull of the data on a row grows with the number of its examples, so a frequent pair may
+leave the main effects, a rare one hardly does (the shrinkage of a random-effects model), and a pair that training has
+not seen is exactly the sum of its main effects. All K attributes together have K - 1 times the penalty of a pair, and a
+combination that training has not seen is exactly the sum of main effects and pairs.
 
-Labels have an effect for each of their states, and interactions with the levels or labels of the other attribute.
+Labels have an effect for each of their states, and interactions with the levels or labels of the other attributes.
 An unknown attribute has no effects. `base` alone is therefore the token of "nothing is known": no nulls are needed.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,8 @@ class AdditiveConfig(ConditionerConfig):
     d_node: width of the effects.
     d_ctx: width of the cross-attention context.
     freq_dim: number of sinusoidal features of a continuous attribute's main effect, even.
-    interaction_penalty: weight of the sum over all table rows of the mean square of a row, in the total loss.
+    interaction_penalty: weight of the sum over all table rows of the mean square of a row, in the total loss; rows of
+      all K attributes together count K - 1 times.
     aux_hidden_dim: hidden width of the auxiliary classifiers; 0 leaves them out. dropout: their dropout rate.
   """
 
@@ -68,11 +71,19 @@ class AdditiveConfig(ConditionerConfig):
     return Additive(self, schema, rngs=rngs)
 
 
-def _pair_rows(first: jax.Array, second: jax.Array, size: int) -> jax.Array:
-  """Rows [B, j] of one table and [B, k] of another with `size` rows -> all pairs of them, [B, j k]; -1 if unknown."""
-  pairs = first[:, :, None] * size + second[:, None, :]
-  known = (first[:, :1] >= 0) & (second[:, :1] >= 0)
-  return jnp.where(known, pairs.reshape(len(pairs), -1), UNKNOWN_INDEX)
+def _interactions(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+  """{table: the attributes that interact in it}: every pair, and of three or more all together."""
+  whole = {"interaction_all": tuple(names)} if len(names) > 2 else {}
+  return {**blocks.pairs("interaction", names), **whole}
+
+
+def _combined_rows(rows: Sequence[jax.Array], sizes: Sequence[int]) -> jax.Array:
+  """Rows [B, k_i] of tables of sizes[i] rows -> all combinations of them, [B, prod k_i]; -1 if any is unknown."""
+  combined, known = jnp.zeros_like(rows[0][:, :1]), True
+  for own, size in zip(rows, sizes):
+    combined = (combined[:, :, None] * size + own[:, None, :]).reshape(len(own), -1)
+    known &= own[:, :1] >= 0
+  return jnp.where(known, combined, UNKNOWN_INDEX)
 
 
 class Additive(nnx.Module):
@@ -92,8 +103,8 @@ class Additive(nnx.Module):
         effect = Embed(rows, d_node, rngs=rngs)
         effect.embedding = nnx.Param(jax.random.normal(rngs.params(), [rows, d_node]))
       setattr(self, f"effect_{attribute.name}", effect)
-    for name, pair in blocks.pairs("interaction", self.schema.names).items():
-      rows = math.prod(blocks.num_rows(self.schema[part]) for part in pair)
+    for name, parts in _interactions(self.schema.names).items():
+      rows = math.prod(blocks.num_rows(self.schema[part]) for part in parts)
       table = Embed(rows, d_node, rngs=rngs)
       table.embedding = nnx.Param(jnp.zeros([rows, d_node]))
       setattr(self, name, table)
@@ -118,11 +129,11 @@ class Additive(nnx.Module):
     rows = {a.name: blocks.table_rows(a, attributes[a.name]) for a in self.schema}
     node = self.base[...] + sum(self._main_effect(a, attributes[a.name]) for a in self.schema)
     penalty = jnp.zeros([])
-    for name, pair in blocks.pairs("interaction", self.schema.names).items():
+    for name, parts in _interactions(self.schema.names).items():
       table = getattr(self, name)
-      row = _pair_rows(*(rows[part] for part in pair), blocks.num_rows(self.schema[pair[1]]))
+      row = _combined_rows([rows[part] for part in parts], [blocks.num_rows(self.schema[part]) for part in parts])
       node = node + jnp.where((row[:, :1] >= 0), blocks.sum_rows(table, row), 0)
-      penalty = penalty + jnp.sum(jnp.mean(table.embedding[...] ** 2, axis=-1))
+      penalty = penalty + (len(parts) - 1) * jnp.sum(jnp.mean(table.embedding[...] ** 2, axis=-1))
     token = self.proj_ctx(node)
     logits = {}
     if config.aux_hidden_dim:

@@ -488,7 +488,7 @@ class FlatConditioner(_Conditioner):
 
 
 class AdditiveConditioner(_Conditioner):
-  """A token that is the sum of a base, the main effect of each attribute and the interaction of each pair.
+  """A token that is the sum of a base, main effects, the interaction of each pair and, of three or more, of all.
 
   Args:
     schema, attributes, d_node, d_ctx, dropout, aux_hidden_dim, prompt_attributes: as in HierarchicalConditioner.
@@ -517,8 +517,11 @@ class AdditiveConditioner(_Conditioner):
       setattr(self, f"effect_{name}", _number_encoder(freq_dim, d_node) if number else nn.Embedding(rows, d_node))
       if aux_hidden_dim:
         setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, rows))
-    for a, b in itertools.combinations(self.names, 2):
-      setattr(self, f"interaction_{a}_{b}", nn.Embedding(self._num_rows(a) * self._num_rows(b), d_node))
+    self.interactions = {f"interaction_{a}_{b}": (a, b) for a, b in itertools.combinations(self.names, 2)}
+    if len(self.names) > 2:
+      self.interactions["interaction_all"] = tuple(self.names)
+    for table, parts in self.interactions.items():
+      setattr(self, table, nn.Embedding(math.prod(self._num_rows(name) for name in parts), d_node))
     self.proj_ctx = nn.Linear(d_node, d_ctx)
 
   def forward(self, encoded):
@@ -530,8 +533,10 @@ class AdditiveConditioner(_Conditioner):
       effect, number = getattr(self, f"effect_{name}"), self._kind(name) == "continuous"
       vectors = self._encode_number(effect, encoded[name]) if number else _sum_rows(effect.weight, own)
       node = node + torch.where(known[name], vectors, 0)
-    for a, b in itertools.combinations(self.names, 2):
-      pairs = (rows[a][:, :, None] * self._num_rows(b) + rows[b][:, None, :]).flatten(1)
-      vectors = _sum_rows(getattr(self, f"interaction_{a}_{b}").weight, pairs)
-      node = node + torch.where(known[a] & known[b], vectors, 0)
+    for table, parts in self.interactions.items():
+      combined = rows[parts[0]]
+      for name in parts[1:]:
+        combined = (combined[:, :, None] * self._num_rows(name) + rows[name][:, None, :]).flatten(1)
+      vectors = _sum_rows(getattr(self, table).weight, combined)
+      node = node + torch.where(torch.stack([known[name] for name in parts]).all(dim=0), vectors, 0)
     return self.proj_ctx(node)[:, None], None
