@@ -64,14 +64,14 @@ def test_weights():
 
 def test_losses_are_normalised_as_each_variant_says():
   rng = np.random.default_rng(0)
-  losses, weights = rng.uniform(size=6), rng.uniform(-1, 3, size=6)
+  losses, errors, weights = rng.uniform(size=6), rng.uniform(size=6), rng.uniform(-1, 3, size=6)
   for variant, wanted in (("published", np.mean(weights * losses)), ("compdiff", weights @ losses / weights.sum())):
     fairness = _fairness(variant)
-    terms = fairness.terms(losses, weights, np.asarray(fairness.groups(_ATTRIBUTES)))
+    terms = fairness.terms(losses, errors, weights, np.asarray(fairness.groups(_ATTRIBUTES)))
     values, weight = terms["diffusion"]
     assert np.sum(values * weight) / np.sum(weight) == pytest.approx(wanted)
     values, weight = terms["group_age_40-60"]
-    assert np.sum(values * weight) / np.sum(weight) == pytest.approx((losses[1] + losses[3]) / 2)
+    assert np.sum(values * weight) / np.sum(weight) == pytest.approx((errors[1] + errors[3]) / 2)
     assert [int(v) for v in np.asarray(terms["group_sex_male"][1])] == [1, 0, 0, 0, 1, 1]
 
 

@@ -25,6 +25,7 @@ from compdiff_jax.default_config import base
 from compdiff_jax.diffusion import objective
 from compdiff_jax.diffusion.schedule import NoiseSchedule
 from compdiff_jax.training import coind
+from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import frozen_parameters, learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState, check_ema, ema_decay
 from compdiff_jax.training.step import make_loss, make_train_step
@@ -83,13 +84,13 @@ def test_at_zero_terminal_snr_the_weight_is_finite():
   assert objective.min_snr_weight(schedule, np.asarray([999]), 5.0)[0] == 0
 
 
-def terms(model, rows, taken=0, **loss):
+def terms(model, rows, taken=0, fairness=None, **loss):
   """(total, metrics) of the loss with these options, CoInD's of `taken` rows; the conditioner's parameters are 0.3."""
   config = base()
   config.loss.update(loss)
   own = {name: jnp.full(leaf.shape, 0.3) for name, leaf in model.conditioner.shapes.items()}
   params = {"unet": {}, "conditioner": own}
-  share, total_weights = make_loss(model, config)
+  share, total_weights = make_loss(model, config, fairness)
   evaluate = jax.jit(lambda rows: share(params, {}, rows, jnp.int32(3), total_weights(params, {}, rows)))
   own = {"coind_weights": (np.arange(len(rows["images"])) < taken).astype(np.float32)}
   return evaluate({**{name: value for name, value in rows.items() if name != "full_attributes" or taken}, **own})
@@ -134,6 +135,20 @@ def test_min_snr_in_the_loss():
   assert float(weighted["loss"] - plain["loss"]) == pytest.approx(
     float(weighted["diffusion"] - plain["diffusion"]), rel=1e-3
   )
+
+
+def test_min_snr_does_not_weigh_the_losses_of_groups():
+  """FairDiffusion compares what the groups lose, and weighs what is trained on."""
+  model = stand_in(lambda params, noisy, *_: noisy, _ADDITIVE, PAIR)
+  config = base()
+  config.fairness.variant = "compdiff"
+  fairness = make_fairness(config, PAIR)
+  rows = rows_of(KNOWN[4], 7, 3)
+  rows |= {"groups": fairness.groups(rows["attributes"]), "fair_weights": jnp.asarray([2.0, 1.0, 1.0, 0.0])}
+  plain, weighted = (terms(model, rows, fairness=fairness, min_snr_gamma=gamma)[1] for gamma in (0.0, 5.0))
+  for name in fairness.group_names:
+    assert float(weighted[name]) == pytest.approx(float(plain[name])), name
+  assert float(weighted["diffusion"]) != pytest.approx(float(plain["diffusion"]), rel=0.01)
 
 
 # ---- CoInD

@@ -97,13 +97,19 @@ class FairDiffusion:
     weights = 1.0 + jnp.sum(groups * sigma * draws[:, column], axis=1)
     return jnp.maximum(weights, self.min_weight) if self.variant == "compdiff" else weights
 
-  def terms(self, losses: jax.Array, weights: jax.Array, groups: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """The weighted denoising loss and the unweighted loss of each group, each as (values [B], weight [B]).
+  def terms(
+    self, losses: jax.Array, errors: jax.Array, weights: jax.Array, groups: jax.Array
+  ) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """The weighted denoising loss and the unweighted error of each group, each as (values [B], weight [B]).
 
     Their means are sum(values weight) / sum(weight) over the global batch, as for every other term of the loss.
+
+    Args:
+      losses: [B], what is trained on, such as errors under min-SNR weights; errors: [B], without any weighting.
+      weights: [B] of `weights`; groups: [B, G] of `groups`.
     """
     whole = (losses, weights) if self.variant == "compdiff" else (losses * weights, jnp.ones_like(weights))
-    return {"diffusion": whole, **{name: (losses, groups[:, i]) for i, name in enumerate(self.group_names)}}
+    return {"diffusion": whole, **{name: (errors, groups[:, i]) for i, name in enumerate(self.group_names)}}
 
   def gap(self, means: jax.Array, counts: jax.Array) -> jax.Array:
     """The sum over attributes of the largest minus the smallest mean loss of its groups, [].

@@ -114,13 +114,14 @@ def make_loss(
     prediction = model.unet(everything["unet"], noisy, timesteps, *context)
     error = objective.denoising_loss(prediction, objective.target(model.schedule, latents, noise, timesteps))
     found = loss_terms(output)
+    weighted = error
     if options.min_snr_gamma:
       found["diffusion_unweighted"] = (error, jnp.ones_like(error))
-      error = error * objective.min_snr_weight(model.schedule, timesteps, options.min_snr_gamma)
+      weighted = error * objective.min_snr_weight(model.schedule, timesteps, options.min_snr_gamma)
     if fairness is None:
-      found["diffusion"] = (error, jnp.ones_like(error))
+      found["diffusion"] = (weighted, jnp.ones_like(error))
     else:
-      found |= fairness.terms(error, rows["fair_weights"], rows["groups"])
+      found |= fairness.terms(weighted, error, rows["fair_weights"], rows["groups"])
     if options.coind:
       # The first rows of the batch are dealt out in turn, so they are the first of every micro-batch, too.
       count = -(-coind.num_rows(options.coind_share, len(noisy) * accumulation) // accumulation)
