@@ -27,10 +27,10 @@ class StandIn(LatentDiffusion):
     return moments
 
 
-def stand_in(unet, config: ConditionerConfig, schema: Schema) -> StandIn:
+def stand_in(unet, config: ConditionerConfig, schema: Schema, kind: type[StandIn] = StandIn) -> StandIn:
   """`unet` is (params, noisy, timesteps, context, time_vector, …) -> prediction."""
   fields = dict.fromkeys(("unet_config", "vae_config", "text_config", "vae", "text_encoder"))
-  return StandIn(
+  return kind(
     **fields,
     schema=schema,
     schedule=NoiseSchedule(),

@@ -182,6 +182,9 @@ def test_hyper_parameters_of_the_reference():
     assert (train.learning_rate, train.b1, train.b2, train.eps, train.weight_decay) == (1e-5, 0.9, 0.999, 1e-8, 1e-2)
     assert (train.schedule, train.warmup_steps, train.steps, train.clip_norm) == ("cosine", 500, 30_000, 1.0)
     assert config.seed == 42 and not config.train_text_encoder
+    # Dropout is on, where the reference has none.
+    for own in (config, methods.fundus(name), methods.phantom(name)):
+      assert own.dropout.to_dict() == {"text": 0.1, "attribute": 0.1, "all_attributes": 0.1}
   loss = methods.chest("compdiff").loss
   assert (loss.kl, loss.kl_anneal_steps, loss.composition, loss.auxiliary) == (0.005, 5000, 0.1, 1.0)
   assert methods.chest("fairdiffusion").loss.input_perturbation == 0.1

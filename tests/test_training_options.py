@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conditioner_parity import CHEST, SEX, build, race
+from conditioner_parity import CHEST, SEX, build, race, wide_params
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
-from stand_in import batch_of, rows_of, stand_in
+from stand_in import StandIn, batch_of, rows_of, stand_in
 
 from compdiff_jax import sharding
 from compdiff_jax.cli import InputError
@@ -149,6 +149,53 @@ def test_min_snr_does_not_weigh_the_losses_of_groups():
   for name in fairness.group_names:
     assert float(weighted[name]) == pytest.approx(float(plain[name])), name
   assert float(weighted["diffusion"]) != pytest.approx(float(plain["diffusion"]), rel=0.01)
+
+
+# ---- Dropout
+
+
+class _Reading(StandIn):
+  """Text tokens say the ids of the prompt."""
+
+  def encode_text(self, params, input_ids):
+    return jnp.broadcast_to(0.1 * input_ids[:, :2, None].astype(jnp.float32), (len(input_ids), 2, 8))
+
+
+def test_the_step_drops_text_and_attributes():
+  """With rate 1 its loss is that of the empty prompt, or of nulls for all attributes; with 0 that of what is given."""
+
+  def unet(params, noisy, timesteps, context, *_):
+    return noisy + jnp.mean(context[:, :, :3], axis=1)[:, None, None]
+
+  model = stand_in(unet, _ADDITIVE, PAIR, _Reading)
+  params = {"unet": {}, "conditioner": wide_params(model.conditioner)}
+  empty = jnp.full([77], 5)
+  share, total_weights = make_loss(model, base())
+
+  @jax.jit
+  def loss(input_ids, attributes):
+    rows = {**rows_of(KNOWN[4], 7, 0), "input_ids": input_ids, "attributes": attributes}
+    del rows["full_attributes"]
+    return share(params, {}, rows, jnp.int32(0), total_weights(params, {}, rows))[1]["diffusion"]
+
+  given, unknown = KNOWN[4]["attributes"], PAIR.unknown(4)
+  prompts, prompt = jnp.asarray(KNOWN[4]["input_ids"]), jnp.tile(empty, (4, 1))
+  expected = [
+    ({}, loss(prompts, given)),
+    ({"text": 1.0}, loss(prompt, given)),
+    ({"attribute": 1.0}, loss(prompts, unknown)),
+    ({"all_attributes": 1.0}, loss(prompts, unknown)),
+    ({"text": 1.0, "all_attributes": 1.0}, loss(prompt, unknown)),
+  ]
+  assert len({float(value) for _, value in expected}) == 4
+  for rates, value in expected:
+    config = base()
+    config.train.warmup_steps = 0
+    config.dropout.update({"text": 0.0, "attribute": 0.0, "all_attributes": 0.0, **rates})
+    optimizer = make_optimizer(config.train)
+    step = jax.jit(make_train_step(model, config, optimizer, empty))
+    _, metrics = step(TrainState.create(params, optimizer), {}, KNOWN[4], 7)
+    assert float(metrics["diffusion"]) == pytest.approx(float(value), rel=1e-6), rates
 
 
 # ---- CoInD
