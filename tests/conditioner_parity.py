@@ -113,7 +113,7 @@ def check_gradients_reach_everything(model: Functional, std: float = 0.2, withou
   def loss(params):
     output = model(params, batch, keys=keys)
     terms = loss_terms(output)
-    losses = [jnp.sum(v * w) for name, (v, w) in terms.items() if not name.startswith(("acc", "mae"))]
+    losses = [jnp.sum(v * w) for name, (v, w) in terms.items() if not name.startswith(("acc", "mae", "context"))]
     vector = 0 if output.time_vector is None else jnp.sum(output.time_vector**2)
     return sum(losses) + jnp.sum(output.tokens**2) + vector
 

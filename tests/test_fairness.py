@@ -99,7 +99,7 @@ def test_sigma_explores_and_the_history_grows():
     before = np.asarray(state.sigma)
     assert fairness.due(step) == (step == 4)
     state, metrics = fairness.advance(state, means, counts, 0, jnp.int32(step))
-    assert float(metrics["fair_loss_gap"]) == 2.5
+    assert float(metrics["fair_loss_gap"]) == 2.5 and float(metrics["fair_sigma_update"]) == (step == 4)
     assert float(metrics["fair_sigma_mean"]) == pytest.approx(before.mean())
     assert float(metrics["fair_sigma_std"]) == pytest.approx(before.std(), abs=1e-7)
     np.testing.assert_array_equal(state.sigmas[step], before)
@@ -176,6 +176,6 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(workspace, tmp_pat
     [{k: v for k, v in row.items() if k not in speed.FIELDS} for row in read_metrics(w)] for w in (whole, resumed)
   ]
   assert rows[0] == rows[1] and len(rows[0]) == 4
-  assert rows[0][-1].keys() >= {"fair_sigma_mean", "fair_sigma_std", "fair_loss_gap"}
+  assert rows[0][-1].keys() >= {"fair_sigma_mean", "fair_sigma_std", "fair_sigma_update", "fair_loss_gap"}
   ours, theirs = (open_run(workdir).load_params("raw")[1] for workdir in (whole, resumed))
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)

@@ -89,7 +89,7 @@ def test_equals_the_method_with_wide_weights(mode, heads):
       wanted = torch_functional.cross_entropy(logits[name], torch.tensor(levels[name]), ignore_index=-1)
       assert float(jnp.sum(values * weight) / jnp.sum(weight)) == pytest.approx(float(wanted), rel=1e-4)
   # The three cross-entropies share the weight equally; there is no latent and no composition.
-  assert set(terms) == {f"{kind}_{name}" for kind in ("aux", "acc") for name in NAMES}
+  assert set(terms) == {"context_norm", *(f"{kind}_{name}" for kind in ("aux", "acc") for name in NAMES)}
   coefficients = loss_coefficients(base().loss, FlatConfig().loss_weights, jnp.int32(9), list(terms))
   assert coefficients == pytest.approx({f"aux_{name}": 1 / 3 for name in NAMES})
 

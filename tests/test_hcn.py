@@ -197,7 +197,8 @@ def test_losses_equal_torch():
   targets = {"age": np.asarray([4, -1, 0, 2, -1]), "sex": np.asarray([0, 1, -1, 1, 0])}
   everyone = np.ones(5, bool)
   latent = {"mu": mu, "log_sigma": log_sigma, "h": h, "parts": parts}
-  output = ConditionerOutput(None, **latent, logits=logits, targets=targets, conditioned=everyone)
+  tokens = rng.normal(0, 2, [5, 3, 4]).astype(np.float32)
+  output = ConditionerOutput(tokens, **latent, logits=logits, targets=targets, conditioned=everyone)
   terms = jax.tree.map(np.asarray, loss_terms(output))
   normal = torch.distributions.Normal
   kl = torch.distributions.kl_divergence(
@@ -214,7 +215,8 @@ def test_losses_equal_torch():
     right = logits[name][known].argmax(1) == targets[name][known]
     accuracy, weight = terms[f"acc_{name}"]
     assert (accuracy * weight).sum() / weight.sum() == pytest.approx(right.mean())
-  assert set(terms) == {"kl", "composition", "aux_age", "acc_age", "aux_sex", "acc_sex"}
+  np.testing.assert_allclose(terms["context_norm"][0], torch.tensor(tokens).norm(dim=2).mean(1), rtol=1e-5)
+  assert set(terms) == {"context_norm", "kl", "composition", "aux_age", "acc_age", "aux_sex", "acc_sex"}
   assert all(values.dtype == np.float32 and weight.dtype == np.float32 for values, weight in terms.values())
 
 
@@ -263,6 +265,15 @@ def test_ordinal_age(loss):
     expected = ordinal_loss(output.logits[name], targets, own, config.soft_sigma)
     np.testing.assert_allclose(np.asarray(terms[f"aux_{name}"][0])[known], expected[known], rtol=1e-4)
     np.testing.assert_array_equal(terms[f"aux_{name}"][1], np.float32(known))
+  # The expected middle of the bins 0-18, 18-40, … against the age in years; nothing of the kind for sex.
+  values, weight = terms["mae_age"]
+  years = np.asarray(PARTLY_UNKNOWN["age"])
+  expected = np.abs(
+    torch.softmax(torch.tensor(np.asarray(output.logits["age"])), 1).numpy() @ [9, 29, 50, 70, 90] - years
+  )
+  np.testing.assert_array_equal(weight, np.float32(~np.isnan(years)))
+  np.testing.assert_allclose(np.asarray(values)[weight > 0], expected[weight > 0], rtol=1e-4)
+  assert "mae_sex" not in terms
 
 
 def test_kl_without_uncertainty_is_half_the_squared_norm():

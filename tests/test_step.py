@@ -139,9 +139,11 @@ def test_total_loss_is_the_weighted_sum_of_its_terms(setting, reference):
   config = setting.config
   for step, row in enumerate(reference[0]):
     heads = [row[name] for name in row if name.startswith("aux_")]
+    kl_weight = config.loss.kl * min(1, step / config.loss.kl_anneal_steps)
+    assert row["kl_weight"] == pytest.approx(kl_weight)
     expected = (
       row["diffusion"]
-      + config.loss.kl * min(1, step / config.loss.kl_anneal_steps) * row["kl"]
+      + kl_weight * row["kl"]
       + config.loss.composition * row["composition"]
       + config.loss.auxiliary * np.mean(heads)
     )

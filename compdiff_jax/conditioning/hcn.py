@@ -117,14 +117,23 @@ class HCN(nnx.Module):
       parts=sum(embeddings.values()),
       logits=logits,
       targets=targets,
-      ordinal_losses=self._ordinal_losses(logits, targets),
+      **self._ordinal(logits, targets, attributes),
       conditioned=conditioned,
     )
 
-  def _ordinal_losses(self, logits: dict[str, jax.Array], targets: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The losses of classifiers of bins, where they are not the cross-entropy."""
+  def _ordinal(
+    self, logits: dict[str, jax.Array], targets: dict[str, jax.Array], attributes: Attributes
+  ) -> dict[str, dict]:
+    """How classifiers of bins are judged where it is not by the cross-entropy: fields of `ConditionerOutput`."""
     config = self.config
     if config.ordinal_loss == "cross_entropy":
       return {}
-    names = [name for name in logits if self.schema[name].kind == "continuous"]
-    return {n: ordinal_loss(logits[n], targets[n], config.ordinal_loss, config.soft_sigma) for n in names}
+    losses, distances = {}, {}
+    for attribute in self.schema.grouping:
+      name = attribute.name
+      if attribute.kind == "continuous" and name in logits:
+        losses[name] = ordinal_loss(logits[name], targets[name], config.ordinal_loss, config.soft_sigma)
+        middles = jnp.asarray([attribute.representative(level) for level in range(attribute.num_levels)], jnp.float32)
+        expected = jnp.sum(jax.nn.softmax(logits[name], axis=-1) * middles, axis=-1)
+        distances[name] = jnp.abs(expected - jnp.where(targets[name] >= 0, attributes[name], 0))
+    return {"ordinal_losses": losses, "distances": distances}

@@ -55,6 +55,7 @@ class ConditionerOutput(NamedTuple):
     targets: for each auxiliary classifier int32 [B] or [B, L], what its token was made from; -1 where unknown.
     regressions: for each auxiliary regressor its prediction and target.
     ordinal_losses: [B] for each classifier that is not judged by its cross-entropy.
+    distances: [B] for each of these, of the number that it expects from the true one, in the attribute's unit.
     penalties: further losses by name, [B].
     conditioned: bool [B], False where the tokens are the zero tokens of a sample that cannot be represented.
   """
@@ -70,6 +71,7 @@ class ConditionerOutput(NamedTuple):
   targets: dict[str, jax.Array] | None = None
   regressions: dict[str, Regression] | None = None
   ordinal_losses: dict[str, jax.Array] | None = None
+  distances: dict[str, jax.Array] | None = None
   penalties: dict[str, jax.Array] | None = None
   conditioned: jax.Array | None = None
 

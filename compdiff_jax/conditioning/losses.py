@@ -76,11 +76,15 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
     "aux_<name>": cross-entropy of a classifier on its token (over labels the mean), or 10 times the smooth L1 (Huber)
       loss of a regressor on its own; weight 0 where the attribute is unknown.
     "acc_<name>": 1 where that classifier is right, else 0 (over labels the mean); same weight; a metric, not a loss.
-    "mae_<name>": distance of that regressor in the attribute's unit; same weight; a metric, not a loss.
+    "mae_<name>": distance of that regressor, or of an ordinal classifier, in the attribute's unit; same weight; a
+      metric, not a loss.
+    "context_norm": Euclidean norm of a token, the mean over the sample's tokens; a metric, not a loss.
     The penalties of the output under their own names.
   """
   terms = {}
   weight = output.conditioned.astype(jnp.float32)
+  if output.tokens.shape[1]:
+    terms["context_norm"] = (jnp.mean(jnp.linalg.norm(output.tokens, axis=-1), axis=1), weight)
   if output.mu is not None:
     terms["kl"] = (kl_to_standard_normal(output.mu, output.log_sigma), weight)
   if output.parts is not None:
@@ -91,6 +95,8 @@ def loss_terms(output: ConditionerOutput) -> dict[str, Term]:
     values = (output.ordinal_losses or {}).get(name, cross_entropy(logits, targets))
     terms[f"aux_{name}"] = (_label_mean(values), known)
     terms[f"acc_{name}"] = (_label_mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)), known)
+    if name in (output.distances or {}):
+      terms[f"mae_{name}"] = (output.distances[name], known)
   for name, (prediction, target, span) in (output.regressions or {}).items():
     known = target == target  # NaN is the only x != x; it must not reach the loss, where 0 times NaN is NaN
     target = jnp.where(known, target, 0)

@@ -140,7 +140,7 @@ class FairDiffusion:
       state.count + 1,
     )
     sigma = {"fair_sigma_mean": jnp.mean(state.sigma), "fair_sigma_std": jnp.std(state.sigma)}
-    return recorded, {**sigma, "fair_loss_gap": gap}
+    return recorded, {**sigma, "fair_loss_gap": gap, "fair_sigma_update": jnp.float32(self.due(step))}
 
   def _explored(self, sigma: jax.Array, seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """sigma <- clip(rho sigma + (1 - rho) u), u ~ U(0, 1), rho the exploitation."""
@@ -148,9 +148,9 @@ class FairDiffusion:
     drawn = jax.random.uniform(key, [self.num_groups])
     return jnp.clip(self.exploitation * sigma + (1 - self.exploitation) * drawn, 0.0, 1.0)
 
-  def due(self, step: int) -> bool:
+  def due(self, step: int | jax.Array) -> bool | jax.Array:
     """Whether step number `step` (from 0) ends with a search."""
-    return step > 0 and step % self.window == 0
+    return (step > 0) & (step % self.window == 0)
 
   def search(self, state: FairState, seed: int, step: int) -> FairState:
     """The state after a step that ends with a search: sigma from the Gaussian process, explored once; no history.

@@ -210,6 +210,8 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     ema = update_ema(state.ema, params, ema_decay(state.step, config.train))
     metrics["grad_norm"] = optax.tree.norm(trained_only(grads, config.train.freeze))
+    if "kl" in metrics:
+      metrics["kl_weight"] = loss_coefficients(config.loss, {}, state.step, ["kl"])["kl"]
     fair_state = state.fairness
     if fairness is not None:
       means, counts = (jnp.stack([of[name] for name in fairness.group_names]) for of in (metrics, weights))
