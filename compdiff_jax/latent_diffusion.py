@@ -185,18 +185,20 @@ class LatentDiffusion:
   def initial_params(self, key: jax.Array, weights: Mapping[str, str], given: Params | None = None) -> dict[str, Any]:
     """Starting values of the trained components.
 
-    Those `given`; else pretrained where `config.weights` names a directory; else random.
+    Those `given`, of which a component takes its own; else pretrained where `config.weights` names a directory; else
+    random, such as the nulls of a conditioner that is given without.
     """
     params = {}
     for name in self.trained:
-      component = self.component(name)
-      if name in (given or {}):
-        params[name] = given[name]
+      component, own = self.component(name), (given or {}).get(name, {})
+      if own.keys() >= component.shapes.keys():
+        start = own
       elif weights.get(name):
-        params[name] = load_component(weights[name], component)
+        start = load_component(weights[name], component)
       else:
         # A key of its own for each component: training one more does not change how the others start.
-        params[name] = component.init(jax.random.fold_in(key, COMPONENTS.index(name)))
+        start = component.init(jax.random.fold_in(key, COMPONENTS.index(name)))
+      params[name] = {parameter: own.get(parameter, start[parameter]) for parameter in component.shapes}
     return params
 
   def assemble(self, params: Params) -> Params:

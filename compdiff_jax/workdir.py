@@ -274,8 +274,8 @@ class Run:
         self._check_attributes(config.conditioner.kind, schema)
         names = list(own.select(model.schema).names)
         fields = {**own.to_dict(), "attributes": names}
-        if "unconditional" in fields:  # not a fact of the networks: with "nulls" this run trains them
-          fields["unconditional"] = config.conditioner.unconditional
+        # Not a fact of the networks: whether unknown values have nulls, which the new run can train.
+        fields |= {name: config.conditioner[name] for name in ("unconditional", "learned_nulls") if name in fields}
         config.conditioner = ml_collections.ConfigDict(fields)
         config.prompt_attributes = tuple(self.config.prompt_attributes)
     return config

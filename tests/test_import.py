@@ -188,18 +188,22 @@ def test_torch_loads_what_was_imported_and_exported(exported, models):
     pipe("Effusion.", sex="female", race="Asian")
 
 
-def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails, monkeypatch):
-  """With a step that changes nothing, the parameters of the new run are those of the imported one."""
-  run = run_import(base, tmp_path / "imported")
+@pytest.fixture
+def idle_step(monkeypatch):
+  """Training changes nothing; compiling the real step takes longer than the rest of a run."""
 
   def idle(state, frozen, batch, seed):
     return state._replace(step=state.step + 1), {"loss": jnp.ones([]), "grad_norm": jnp.ones([])}
 
-  monkeypatch.setattr(train, "make_train_step", lambda *_: idle)  # compiling the real one takes longer than the rest
-  arguments = [
-    f"--config={REPOSITORY / 'tests' / 'hcn_config.py'}",
+  monkeypatch.setattr(train, "make_train_step", lambda *_: idle)
+
+
+def start_from(origin, workspace, config="tests/hcn_config.py"):
+  """Arguments of one step that starts from another run."""
+  return [
+    f"--config={REPOSITORY / config}",
     f"--config.data.path={workspace / 'data'}",
-    f"--config.init={tmp_path / 'imported'}",
+    f"--config.init={origin}",
     "--config.data.image_size=32",
     "--config.weights.vae=",
     "--config.weights.tokenizer=",
@@ -212,6 +216,12 @@ def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails
     "--config.logging.log_every=1",
     "--config.logging.checkpoint_every=1",
   ]
+
+
+def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails, idle_step):
+  """The parameters of the new run are those of the imported one."""
+  run = run_import(base, tmp_path / "imported")
+  arguments = start_from(tmp_path / "imported", workspace)
   for _ in range(2):  # the second time resumes
     train.main([*arguments, f"--workdir={tmp_path / 'tuned'}"])
   tuned = open_run(tmp_path / "tuned")
@@ -226,6 +236,32 @@ def test_training_starts_from_an_imported_model(workspace, base, tmp_path, fails
   assert f"--config.init={tmp_path / 'imported'}" in message
   arguments.append("--config.weights.unet=somewhere")
   assert "config.weights.unet" in fails(train.main, *arguments, f"--workdir={tmp_path / 'no'}")
+
+
+@pytest.mark.parametrize(
+  ("config", "field", "without", "learned"),
+  [
+    ("tests/hcn_config.py", "learned_nulls", False, True),
+    ("configs/phantom_flat.py", "unconditional", "zeros", "nulls"),
+  ],
+)
+def test_training_goes_on_with_nulls_or_without(workspace, base, tmp_path, idle_step, config, field, without, learned):
+  """Nulls that the first run lacks start as in a new conditioner, all else as it was; another run drops them."""
+  run_import(base, tmp_path / "0")
+  params = []
+  for number, value in enumerate((without, learned, without), start=1):
+    arguments = start_from(tmp_path / str(number - 1), workspace, config)
+    train.main([*arguments, f"--config.conditioner.{field}={value}", f"--workdir={tmp_path / str(number)}"])
+    run = open_run(tmp_path / str(number))
+    assert run.config.conditioner[field] == value
+    params.append(run.load_params("raw")[1]["conditioner"])
+  first, tuned, last = params
+  nulls = {name: np.asarray(tuned[name]) for name in tuned.keys() - first.keys()}
+  assert nulls.keys() == {"null_age", "null_sex", "null_group"} and last.keys() == first.keys()
+  assert all(0.005 < value.std() < 0.05 for value in nulls.values())
+  for name, value in first.items():
+    np.testing.assert_array_equal(tuned[name], value, err_msg=name)
+    np.testing.assert_array_equal(last[name], value, err_msg=name)
 
 
 def test_training_keeps_the_imported_conditioner(imported):
