@@ -11,6 +11,7 @@ Hyper-parameters of the reference (configs/fairdiffusion/train_baseline_fairdiff
 - the text encoder is frozen; --config.train_text_encoder=True trains it as the reference does
 - text dropout 0.1, where the reference has none
 - weights use the global batch, and their state is in the checkpoint; input perturbation 0.1 as in the reference
+  (with --config.fairness.variant=published give --config.loss.input_perturbation=0, too)
 - no weight decay on biases, norms, embeddings and nulls
 - the global batch is that of its CompDiff-2; this file has 16 a device
 - the prompt begins "54 year old male White. …"; there "SLO fundus image of a White, male, 54 years old patient …"
