@@ -17,7 +17,7 @@ from compdiff_jax.metrics import mean_over_steps
 from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import make_train_step, sample_keys
+from compdiff_jax.training.step import jit_train_step, make_train_step, sample_keys
 
 _STEPS = 3
 
@@ -53,12 +53,8 @@ class _Setting:
     optimizer = make_optimizer(config.train)
     create = lambda p: TrainState.create(p, optimizer, fairness and fairness.create())  # noqa: E731
     shardings = sharding.tree_shardings(jax.eval_shape(create, self.params), (), mesh)
-    step = jax.jit(
-      make_train_step(self.model, config, optimizer, jnp.asarray(self.tokenizer.empty_ids), fairness),
-      donate_argnums=0,
-      out_shardings=(shardings, sharding.replicated(mesh)),
-    )
-    return mesh, create, shardings, step
+    step = make_train_step(self.model, config, optimizer, jnp.asarray(self.tokenizer.empty_ids), fairness)
+    return mesh, create, shardings, jit_train_step(step, shardings, mesh)
 
   def curve(self, data=1, fsdp=1, accumulation=1, variant="", **attributes):
     """Metrics of a few steps and the state after them; `attributes` replaces columns of the batch."""
@@ -69,8 +65,11 @@ class _Setting:
     batch = {**self.batch, "attributes": {**self.batch["attributes"], **attributes}}
     rows = []
     for _ in range(_STEPS):
-      state, metrics = step(state, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)), self.config.seed)
+      before = state
+      state, metrics = step(before, frozen, jax.device_put(batch, sharding.batch_sharding(mesh)), self.config.seed)
       rows.append({name: float(value) for name, value in metrics.items()})
+      kept = [leaf for leaf in jax.tree.leaves(before) if not leaf.is_deleted()]
+      assert not kept, "the step donates its whole state: the memory of the old one is the new one's"
     return rows, state
 
 
