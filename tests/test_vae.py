@@ -128,7 +128,7 @@ def test_pixels_equal_diffusers():
   theirs = torch_parity.nhwc(processor.preprocess(Image.fromarray(levels[0])))
   np.testing.assert_allclose(normalize_pixels(levels), theirs, rtol=0, atol=1e-6)
   np.testing.assert_array_equal(denormalize_pixels(normalize_pixels(levels)), levels)
-  decoded = torch_parity.normal(1, 16, 16, 3)  # beyond [-1, 1], too
+  decoded = torch_parity.normal(1, 1, 16, 16, 3)  # beyond [-1, 1], too
   (picture,) = processor.postprocess(torch_parity.nchw(decoded), "pil")
   np.testing.assert_array_equal(denormalize_pixels(jnp.asarray(decoded))[0], np.asarray(picture))
 
