@@ -28,10 +28,18 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/compd
 gpu_flags="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_triton_gemm_any=true"
 export XLA_FLAGS="$gpu_flags ${XLA_FLAGS:-}"
 
+# One task that fails ends the others, and srun's own status may be theirs; how each one ended stands on its stderr.
 status=0
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" "${PYTHON:-python}" -u -m compdiff_jax train "$@" --stopped_status=75 || status=$?
+ends=$(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-12}" \
+  "${PYTHON:-python}" -u -m compdiff_jax train "$@" --stopped_status=75 2>&1 |
+  tee -a /dev/stderr | sed -n 's/^srun: error: .*: tasks\{0,1\} [0-9,-]*: //p') || status=$?
+first=${ends%%$'\n'*}
 
-# 75: stopped, or another process was lost; from 128 on: killed. After anything else another try would end the same way.
+# 1, the run failed, or 2, bad input: another try would end the same way.
+if [[ $first == "Exited with exit code "[12] ]]; then
+  exit "${first##* }"
+fi
+# 75: stopped, or another process was lost; from 128 on: killed.
 if (((status == 75 || status >= 128) && ${SLURM_RESTART_COUNT:-0} < 50)); then
   echo "not finished (status $status): back into the queue"
   exec scontrol requeue "$SLURM_JOB_ID"

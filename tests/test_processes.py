@@ -189,20 +189,35 @@ def test_two_processes_stop_on_sigterm_and_the_slurm_script_resumes_them(argumen
   assert [_heartbeat(workdir, i)["state"] for i in range(2)] == ["finished"] * 2
 
 
-def _slurm(directory, arguments, tasks):
-  """launch/slurm.sh with stand-ins: srun starts the tasks as Slurm would describe them, scontrol leaves a note."""
+def _slurm(directory, arguments, tasks, python=sys.executable):
+  """launch/slurm.sh with stand-ins: srun starts the tasks as Slurm would describe them, scontrol leaves a note.
+
+  Like the true one with --kill-on-bad-exit, srun ends all tasks when one fails, and a signal outranks exit statuses.
+  """
   srun = f"""#!{sys.executable}
-import os, subprocess, sys
+import os, signal, subprocess, sys, time
 command = sys.argv[1:]
 while command[0].startswith("-"):
   command.pop(0)
 slurm = dict(SLURM_STEP_NODELIST="127.0.0.1", SLURM_NTASKS="{tasks}", SLURM_STEP_NUM_NODES="1")
-tasks = [
-  subprocess.Popen(command, env={{**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}})
+tasks = {{
+  subprocess.Popen(command, env={{**os.environ, **slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}}): i
   for i in range({tasks})
-]
-codes = [task.wait() for task in tasks]
-sys.exit(max(128 - code if code < 0 else code for code in codes))
+}}
+codes = {{}}
+while len(codes) < len(tasks):
+  time.sleep(0.05)
+  for task, i in tasks.items():
+    if task in codes or task.poll() is None:
+      continue
+    code = codes[task] = task.returncode
+    if code:
+      end = f"Exited with exit code {{code}}" if code > 0 else signal.strsignal(-code)
+      print(f"srun: error: node: task {{i}}: {{end}}", file=sys.stderr, flush=True)
+      for other in tasks:
+        other.terminate()
+lowest, highest = min(codes.values()), max(codes.values())
+sys.exit(128 - lowest if lowest < 0 else highest)
 """
   tools = directory / "tools"
   tools.mkdir(exist_ok=True)
@@ -211,11 +226,23 @@ sys.exit(max(128 - code if code < 0 else code for code in codes))
     (tools / name).chmod(stat.S_IRWXU)
   environment = {
     "PATH": f"{tools}:{os.environ['PATH']}",
-    "PYTHON": sys.executable,
+    "PYTHON": str(python),
     "SLURM_JOB_ID": str(os.getpid()),
     "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
   }
   return _start(["bash", REPOSITORY / "launch" / "slurm.sh", *arguments], **environment)
+
+
+@pytest.mark.parametrize(
+  ("end", "status", "requeued"),
+  [("exit 2", 2, False), ("exit 1", 1, False), ("exit 75", 0, True), ("kill -KILL $$", 0, True)],
+)
+def test_the_first_task_that_fails_decides_whether_a_slurm_job_goes_on(tmp_path, end, status, requeued):
+  python = tmp_path / "python"
+  python.write_text(f"#!/bin/sh\n[ $SLURM_PROCID = 1 ] || exec sleep {PATIENCE}\n{end}\n")
+  python.chmod(stat.S_IRWXU)
+  assert _end(_slurm(tmp_path, ["--workdir=run"], tasks=3, python=python))[0] == status
+  assert (tmp_path / "requeued").exists() == requeued
 
 
 def test_two_processes_sample_what_one_does(trained, tmp_path):
