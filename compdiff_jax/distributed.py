@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from compdiff_jax.cli import InputError, LostError
+from compdiff_jax.cli import InputError, LostError, RunError
 
 # Errors of collectives whose peer is gone. Gloo, which joins CPU processes, raises a plain ValueError.
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "Barrier", "heartbeat")
@@ -70,6 +70,8 @@ def session(args: argparse.Namespace) -> Iterator[None]:
   _wait_seconds = args.process_timeout
   try:
     yield
+  except (InputError, RunError, OSError):  # whatever their texts say
+    raise
   except Exception as error:
     if _several() and any(word in str(error) for word in _LOST):
       reason = " ".join(str(error).split())[:200]

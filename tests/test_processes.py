@@ -3,7 +3,9 @@
 One run of one process with four devices is what everything is compared with.
 """
 
+import argparse
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 from conftest import _FAST_COMPILE, PATIENCE, REPOSITORY, config_arguments
 
-from compdiff_jax import cli, sample, sharding, train
+from compdiff_jax import cli, distributed, sample, sharding, train
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.metrics import read_metrics
 from compdiff_jax.training import bandit
@@ -377,6 +379,26 @@ def test_the_process_that_holds_the_others_together_is_killed():
   assert status == cli.LostError.status, out[-3000:]
   assert "add: failed: process 1 of 2 lost another one" in out
   _end(first)
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/bucket/run/heartbeat"),
+    cli.InputError("Barrier.png is not an image"),
+    cli.RunError("UNAVAILABLE"),
+  ],
+)
+def test_only_errors_of_the_runtime_can_mean_a_lost_process(monkeypatch, error):
+  parser = argparse.ArgumentParser()
+  distributed.add_arguments(parser)
+  alone = parser.parse_args(["--num_processes=1"])
+  monkeypatch.setattr(distributed, "_several", lambda: True)
+  with pytest.raises(type(error)) as raised, distributed.session(alone):
+    raise error
+  assert raised.value is error
+  with pytest.raises(cli.LostError), distributed.session(alone):
+    raise ValueError("Gloo: connection closed by peer")
 
 
 def test_coordinator_that_never_answers_and_processes_that_never_come(arguments, tmp_path):
