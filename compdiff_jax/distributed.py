@@ -30,8 +30,8 @@ _WAIT_SECONDS = 300
 _wait_seconds = float(_WAIT_SECONDS)
 # A compiler may take long; processes that die meanwhile are noticed by their heartbeat.
 _COMPILE_SECONDS = 4 * 3600
-# Room for an error line or a small result.
-_MESSAGE_BYTES = 8192
+# After an error that all processes may have, how long one waits for the others to say it, too.
+_LEAVE_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,21 +114,33 @@ def from_writer(function: Callable[[], Any]) -> Any:
     except InputError as error:
       answer = {"error": str(error)}
   barrier("writer")
-  text = np.zeros(_MESSAGE_BYTES, np.uint8)
-  encoded = json.dumps(answer).encode()
-  text[: len(encoded)] = list(encoded)
-  answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0"))
+  text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+  answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(text, size))))
   if "error" in answer:
     raise InputError(answer["error"])
   return answer["result"]
 
 
 def leave(status: int) -> None:
-  """After a failure ends this process at once, when it is one of several: waiting would only delay their noticing."""
+  """After a failure ends this process, when it is one of several, without the waiting of an orderly end.
+
+  An error that is not the loss of another process may be that of all: it gives them a while to come to it and say so,
+  since process 0, which holds the others together, ends them when it goes.
+  """
   if status and jax.distributed.is_initialized():
     sys.stdout.flush()
     sys.stderr.flush()
+    if status != LostError.status:
+      meeting = threading.Thread(target=_meet, daemon=True)
+      meeting.start()
+      meeting.join(_LEAVE_SECONDS)
     os._exit(status)
+
+
+def _meet() -> None:
+  with contextlib.suppress(Exception):  # whoever does not come is gone or waits for something else
+    jax.distributed.shutdown()
 
 
 def _join(args: argparse.Namespace) -> None:

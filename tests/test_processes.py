@@ -381,6 +381,36 @@ def test_the_process_that_holds_the_others_together_is_killed():
   _end(first)
 
 
+_REFUSE = """
+import sys, time
+import jax
+from compdiff_jax import cli, distributed
+
+def refuse():
+  raise cli.InputError("no such data" + 9000 * "!")
+
+def main(argv):
+  parser = cli.parser("refuse", "")
+  distributed.add_arguments(parser)
+  with distributed.session(parser.parse_args(argv)):
+    try:
+      distributed.from_writer(refuse)
+    finally:
+      time.sleep(3 * jax.process_index())
+
+status = cli.run(main, "refuse")
+distributed.leave(status)
+"""
+
+
+def test_every_process_says_the_error_that_all_have():
+  """The first does not end the second, which comes to it later; the message is as long as it is."""
+  processes = [_start([sys.executable, "-c", _REFUSE, *place]) for place in _places(2)]
+  for process in processes:
+    status, out = _end(process)
+    assert status == 2 and f"refuse: error: no such data{9000 * '!'}\n" in out, out[-3000:]
+
+
 @pytest.mark.parametrize(
   "error",
   [
