@@ -148,6 +148,7 @@ def test_cluster_job_restarts_and_mounts_the_bucket(call, tool):
   status, calls, _ = call("gcluster.sh", "v6e-16", *_TRAIN, TOOL=tool, SLICES="2", **where)
   assert status == 0 and calls[0].startswith(tool)
   assert "=v6e-16>" in calls[0] and "<--num-slices=2>" in calls[0]
+  assert {"gcluster": "<--mount=gs://bucket:/bucket:rw>", "xpk": "<--max-restarts=50>"}[tool] in calls[0]
   assert r"=compdiff train --stopped_status=75 --config=configs/demo.py --workdir=/shared/a\ run" in calls[0]
   calls = call("gcluster.sh", "v5p-8", *_TRAIN, TOOL=tool, LIBTPU_INIT_ARGS="--xla_a=1", **where)[1]
   assert "=env LIBTPU_INIT_ARGS=--xla_a=1 compdiff train --stopped_status=75" in calls[0]
