@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-beam lint parity parity-full pods clean
+.PHONY: demo test test-beam test-slurm lint parity parity-full pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
@@ -16,6 +16,13 @@ test: $(VENV)/.test-installed
 # Apache Beam needs older packages than the rest: writing data sets with it is tested in an environment of its own.
 test-beam: $(VENV)-beam/.installed
 	$(VENV)-beam/bin/python -m pytest tests/test_shards.py tests/test_images.py
+
+# launch/slurm.sh on a Slurm of one node; Debian's packages are unpacked into build/slurm, nothing is installed.
+test-slurm: $(VENV)/.test-installed
+	rm -rf build/slurm && mkdir -p build/slurm
+	cd build/slurm && apt-get download slurmctld slurmd slurm-client slurm-wlm-basic-plugins libhwloc15
+	for package in build/slurm/*.deb; do dpkg -x $$package build/slurm; done
+	SLURM_ROOT=$(CURDIR)/build/slurm $(BIN)/python -m pytest tests/test_slurm.py
 
 # Differences from torch, written to docs/parity.md and docs/parity_full.md (the latter takes 10 GiB of memory).
 parity: $(VENV)/.test-installed

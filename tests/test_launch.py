@@ -1,6 +1,6 @@
 """The files of launch/: shell scripts by shellcheck and with stand-ins for the tools they call, YAML by structure.
 
-launch/local.py and launch/slurm.sh train in test_processes.py.
+launch/local.py and launch/slurm.sh train in test_processes.py, the latter on a real Slurm in test_slurm.py.
 """
 
 import os
