@@ -134,12 +134,13 @@ def leave(status: int) -> None:
     if status != LostError.status:
       meeting = threading.Thread(target=_meet, daemon=True)
       meeting.start()
-      meeting.join(_LEAVE_SECONDS)
+      meeting.join(2 * _LEAVE_SECONDS)
     os._exit(status)
 
 
 def _meet() -> None:
   with contextlib.suppress(Exception):  # whoever does not come is gone or waits for something else
+    barrier("leave", _LEAVE_SECONDS)
     jax.distributed.shutdown()
 
 
