@@ -337,6 +337,16 @@ def test_frozen_network_must_stay_the_same(workspace, trained, tmp_path, fails):
     open_run(trained_copy).load_params("ema")
 
 
+def test_another_schema_is_refused(workspace, trained, tmp_path, fails):
+  workdir = tmp_path / "run"
+  shutil.copytree(trained, workdir)
+  text = (workdir / "schema.json").read_text()
+  assert '"year"' in text
+  (workdir / "schema.json").write_text(text.replace('"year"', '"month"'))
+  message = fails(train.main, *config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}")
+  assert "schema: [" in message and '"unit": "month"' in message and '"unit": "year"' in message
+
+
 def test_dry_run_prints_and_writes_nothing(workspace, tmp_path, capsys):
   train.main([*config_arguments(workspace), f"--workdir={tmp_path / 'run'}", "--dry_run"])
   printed = capsys.readouterr()
