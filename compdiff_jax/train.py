@@ -54,13 +54,13 @@ def main(argv: list[str]) -> None:
   distributed.add_arguments(parser)
   args, overrides = parser.parse_known_args(argv)
   config = load_config(args.config, overrides)
-  with distributed.session(args):
-    finished = train(config, args)
+  with distributed.session(args), Preemption() as preemption:
+    finished = train(config, args, preemption)
   if not finished and args.stopped_status:
     sys.exit(args.stopped_status)
 
 
-def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
+def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemption: Preemption) -> bool:
   """Trains in `args.workdir`, from its latest checkpoint on; returns whether the last step was reached."""
   # ---- Data and networks (nothing is allocated before the arguments are known to fit together)
   check_intervals(config.logging)
@@ -174,7 +174,6 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
   )
   with contextlib.ExitStack() as resources:
     resources.enter_context(heartbeat)
-    preemption = resources.enter_context(Preemption())
     resources.enter_context(checkpoints)
     resources.enter_context(contextlib.closing(batches))
     if distributed.is_writer():
@@ -188,7 +187,9 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
     rows = checkpoints.note(start).get("report", []) if start else []
     pending = []
     step = start
-    for step in range(start + 1, final + 1):
+    ending = preemption.reached()  # SIGTERM while the networks were loaded
+    while step < final and not ending:
+      step += 1
       profile.before(step)
       batch = clock.next(batches)
       if step == start + 1:
@@ -201,7 +202,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
         state = state._replace(fairness=fairness.search(state.fairness, config.seed, step - 1))
       pending.append(metrics)
       report = step % config.logging.log_every == 0 or step == final
-      ending = step == final or preemption.reached(step)
+      ending = step == final or preemption.reached()
 
       values = None
       if report or ending:
@@ -238,9 +239,8 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace) -> bool:
             picture.save(args.workdir / "samples" / f"step_{step:06d}.png")
 
       heartbeat.beat(step)
-      if ending and step < final:
-        heartbeat.stopped()
-        break
+    if step < final:
+      heartbeat.stopped()
   if distributed.is_writer():
     did = "trained to" if step >= final else "SIGTERM: stopped, to be resumed, at"
     print(f"{did} step {step}; checkpoints, metrics.jsonl and samples in {args.workdir}")

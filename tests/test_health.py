@@ -86,9 +86,8 @@ def test_sigterm_writes_a_checkpoint_at_the_next_step_and_the_run_goes_on_as_if_
   before = signal.getsignal(signal.SIGTERM)
   with monkeypatch.context() as patch:
     patch.setattr(Heartbeat, "beat", beat_and_signal)
-    with pytest.raises(SystemExit) as stop:
-      train.main([*arguments, "--stopped_status=75"])
-  assert stop.value.code == 75 and "SIGTERM" in capsys.readouterr().out
+    assert cli.run(train.main, "compdiff train", arguments) == 0
+  assert "SIGTERM" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == before
   assert json.loads((workdir / "heartbeat" / "0.json").read_text())["state"] == "stopped"
   with Checkpoints(workdir / "checkpoints") as checkpoints:
@@ -96,6 +95,29 @@ def test_sigterm_writes_a_checkpoint_at_the_next_step_and_the_run_goes_on_as_if_
   train.main(arguments)  # status 0 is no exception
   assert _rows(workdir) == _rows(trained)
   assert json.loads((workdir / "heartbeat" / "0.json").read_text())["state"] == "finished"
+
+
+def test_sigterm_while_the_networks_are_loaded_stops_before_the_first_step(
+  workspace, trained, tmp_path, monkeypatch, capsys
+):
+  workdir = tmp_path / "run"
+  arguments = [*config_arguments(workspace), "--config.train.steps=8", f"--workdir={workdir}"]
+  claimed = train.claim
+
+  def claim_and_signal(*given, **options):
+    claimed(*given, **options)
+    signal.raise_signal(signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "claim", claim_and_signal)
+    with pytest.raises(SystemExit) as stop:
+      train.main([*arguments, "--stopped_status=75"])
+  assert stop.value.code == 75 and "SIGTERM: stopped, to be resumed, at step 0" in capsys.readouterr().out
+  assert signal.getsignal(signal.SIGTERM) == before
+  assert json.loads((workdir / "heartbeat" / "0.json").read_text())["state"] == "stopped"
+  train.main(arguments)
+  assert _rows(workdir) == _rows(trained)
 
 
 def test_kept_checkpoints_are_the_latest_the_multiples_and_the_best(tmp_path):

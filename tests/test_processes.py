@@ -439,6 +439,30 @@ def test_a_barrier_to_which_not_all_come_ends():
   _end(first)
 
 
+_SIGTERM = """
+import argparse, itertools, os, signal, sys, time
+import jax
+from compdiff_jax import distributed
+from compdiff_jax.training.health import Preemption
+
+parser = argparse.ArgumentParser()
+distributed.add_arguments(parser)
+with distributed.session(parser.parse_args()), Preemption() as preemption:
+  if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(3)
+  print("steps", next(step for step in itertools.count() if preemption.reached() or time.sleep(0.1)))
+"""
+
+
+def test_processes_that_get_sigterm_before_their_first_step_stop():
+  processes = [_start([sys.executable, "-c", _SIGTERM, *place]) for place in _places(2)]
+  outputs = [_end(process) for process in processes]
+  assert [status for status, _ in outputs] == [0, 0], outputs
+  (first,), (second,) = [[line for line in out.splitlines() if line.startswith("steps")] for _, out in outputs]
+  assert first == second
+
+
 @pytest.mark.parametrize(
   "error",
   [

@@ -26,6 +26,7 @@ class Preemption:
   def __init__(self):
     self._received = False
     self._previous = None
+    self._asked = 0
 
   def __enter__(self) -> "Preemption":
     # With several processes the runtime has its own handler, which this one would replace.
@@ -40,10 +41,13 @@ class Preemption:
   def _receive(self, *_) -> None:
     self._received = True
 
-  def reached(self, step: int) -> bool:
-    """Whether to stop after this step. To be asked once after every step, on every process."""
+  def reached(self) -> bool:
+    """Whether to stop now. To be asked before the first step and after every one, equally often on every process."""
     if jax.distributed.is_initialized():
-      return multihost_utils.reached_preemption_sync_point(step)
+      # The runtime stops all at one number, that after the largest it was given. It begins with 0, so a notice that
+      # comes before the first question would mean 1: steps, which a resumed run counts on, would never hit that.
+      self._asked += 1
+      return multihost_utils.reached_preemption_sync_point(self._asked)
     return self._received
 
 
