@@ -223,6 +223,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
         checkpoints.save(step, state.parts(), values, {"report": rows})
 
       if step % config.logging.sample_every == 0:
+        heartbeat.disarm()  # the first time it compiles
         with clock.paused(), out_of_memory_advice(config, "sampling"):
           checkpoints.wait()  # a sampler that fails must not take this step's checkpoint with it
           text, negative = config.sample.text, config.sample.negative

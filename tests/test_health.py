@@ -11,6 +11,7 @@ import time
 import jax
 import pytest
 from conftest import PATIENCE, REPOSITORY, config_arguments
+from PIL import Image
 
 from compdiff_jax import cli, train
 from compdiff_jax.checkpoint import Checkpoints
@@ -118,6 +119,24 @@ def test_sigterm_while_the_networks_are_loaded_stops_before_the_first_step(
   assert json.loads((workdir / "heartbeat" / "0.json").read_text())["state"] == "stopped"
   train.main(arguments)
   assert _rows(workdir) == _rows(trained)
+
+
+def test_sampling_which_may_compile_is_no_stall(workspace, tmp_path, monkeypatch):
+  with (tmp_path / "log").open("w+") as log:
+    with Heartbeat(tmp_path / "0.json", 0, 9, stall_seconds=0.5, log=log) as heartbeat:
+      heartbeat.beat(1)
+      heartbeat.disarm()
+      time.sleep(1.5)
+    log.seek(0)
+    assert log.read() == ""
+
+  calls = []
+  monkeypatch.setattr(Heartbeat, "disarm", lambda self: calls.append("disarm"))
+  monkeypatch.setattr(Heartbeat, "beat", lambda self, step: calls.append(step))
+  monkeypatch.setattr(train, "sample_grid", lambda *_: calls.append("sample") or Image.new("L", (1, 1)))
+  arguments = [*config_arguments(workspace), "--config.train.steps=3", "--config.logging.sample_every=2"]
+  train.main([*arguments, f"--workdir={tmp_path / 'run'}"])
+  assert calls == [1, "disarm", "sample", 2, 3]
 
 
 def test_kept_checkpoints_are_the_latest_the_multiples_and_the_best(tmp_path):

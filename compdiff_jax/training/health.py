@@ -57,7 +57,7 @@ class Heartbeat:
   The file holds {"state", "step", "steps", "seconds_since_step", "time"}; state is "training", then "finished",
   "stopped" (SIGTERM) or "failed". After `stall_seconds` without a step the stacks of all threads are printed; after
   twice that time the process ends with status 75, so that its scheduler starts the run again. Both count from the first
-  step on: before it, compiling may take long.
+  step on: before it, compiling may take long. So may what is announced with `disarm`.
   """
 
   def __init__(self, path: Path, step: int, steps: int, stall_seconds: float, log: IO[str] | None = None):
@@ -91,6 +91,10 @@ class Heartbeat:
   def beat(self, step: int) -> None:
     """A step is done."""
     self._step, self._last, self._armed, self._reported = step, time.monotonic(), True, False
+
+  def disarm(self) -> None:
+    """Something long comes that is no step: until the next step is done, its time is no stall."""
+    self._armed = False
 
   def stopped(self) -> None:
     """The run ends before its last step, on request."""
