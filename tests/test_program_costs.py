@@ -43,7 +43,7 @@ def test_collectives_are_counted_with_their_bytes_and_loops():
 
 
 def test_asynchronous_and_slice_crossing_forms():
-  text = """HloModule m
+  text = """HloModule m, is_scheduled=true, num_partitions=24
 %loop (p: f32[8]) -> f32[8] {
   %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8], dimensions={0}
   %rs = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
@@ -66,6 +66,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %w = f32[8] while(%t), condition=%c, body=%loop, backend_config={"known_trip_count":{"n":"3"}}
   %v = f32[8] while(%t), condition=%condition, body=%loop, metadata={op_name="jit(f)/while"}
   %r = f32[4] all-reduce(%x), replica_groups=mesh['a'=4,'b'=6] {'a':(1)2,'b'}, to_apply=%add
+  %e = f32[4]{0} all-reduce(%x), replica_groups={}, to_apply=%add
   %s = (f32[64]{0}, u32[], token[]) send(%b), frontend_attributes={_handler_name="xla_megascale_runtime"}
   %t = (f32[64]{0}, u32[], token[]) send(%b), is_host_transfer=true
   %a = bf16[8] fusion(%w), kind=kCustom, calls=%started
@@ -81,6 +82,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
     ("all-gather", 128, 5, False, 4),  # a TPU program states the length of a loop in its condition only
     ("reduce-scatter", 32, 5, False, 4),
     ("all-reduce", 16, 1, False, 12),
+    ("all-reduce", 16, 1, False, 24),  # all devices
     ("send", 256, 1, True, 1),
     ("all-gather", 16, 1, False, 2),  # one that runs beside other work
     ("reduce-scatter", 16, 1, False, 4),  # a sum of which a device keeps its part

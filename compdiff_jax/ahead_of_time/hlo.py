@@ -16,6 +16,7 @@ _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _LIMIT = re.compile(r"= s(?:32|64)\[\][^ ]* constant\((\d+)\)")
+_DEVICES = re.compile(r"\b(?:num_partitions|replica_count)=(\d+)")
 # Between slices a TPU program sends through the host.
 _BETWEEN_SLICES = "xla_megascale"
 # Instructions that run other computations, of which a fusion is one instruction to the memory.
@@ -57,6 +58,7 @@ class Program:
   def __init__(self, text: str):
     self._bodies: dict[str, list[str]] = {}
     self._entry = name = ""
+    self._devices = math.prod(int(number) for number in _DEVICES.findall(text.partition("\n")[0]))
     for line in text.splitlines():
       header = _COMPUTATION.match(line)
       if header:
@@ -84,10 +86,10 @@ class Program:
           continue
         chains.add(chain[1])
       if operation and (operation[1] != "send" or _BETWEEN_SLICES in line):
-        kind = operation[1]
-        size = _collective_bytes(shape, kind, operands.count("%") if operation[2] else 0, line)
+        kind, group = operation[1], _group_size(line, self._devices)
+        size = _collective_bytes(shape, kind, operands.count("%") if operation[2] else 0, group)
         kind = "reduce-scatter" if kind == "all-reduce" and name in self._scattered else kind
-        found.append(Collective(kind, size, times, kind == "send", _group_size(line)))
+        found.append(Collective(kind, size, times, kind == "send", group))
     return found
 
   def bytes_accessed(self) -> tuple[int, int]:
@@ -144,7 +146,7 @@ def _shape_bytes(shape: str) -> int:
   return sum(_array_bytes(*array) for array in _ARRAY.findall(shape))
 
 
-def _collective_bytes(shape: str, kind: str, started: int, line: str) -> int:
+def _collective_bytes(shape: str, kind: str, started: int, group: int) -> int:
   """`started` is the number of operands where the operation is an asynchronous start, else 0."""
   arrays = [_array_bytes(*array) for array in _ARRAY.findall(shape)]
   if kind == "send":  # (data, context, token)
@@ -152,7 +154,7 @@ def _collective_bytes(shape: str, kind: str, started: int, line: str) -> int:
   if started and kind in ("all-gather", "collective-permute", "reduce-scatter"):  # (operands, results, contexts)
     return sum(arrays[:started] if kind == "reduce-scatter" else arrays[started : 2 * started])
   size = sum(arrays)
-  return size * _group_size(line) if kind == "reduce-scatter" else size
+  return size * group if kind == "reduce-scatter" else size
 
 
 def _array_bytes(kind: str, dimensions: str) -> int:
@@ -160,12 +162,14 @@ def _array_bytes(kind: str, dimensions: str) -> int:
   return math.prod(int(d) for d in dimensions.split(",") if d) * bits // 8
 
 
-def _group_size(line: str) -> int:
-  """Devices that take part together.
+def _group_size(line: str, devices: int) -> int:
+  """How many of a module's devices take part together.
 
   Groups are written as "{{0,1},{2,3}}", as "[2,4]<=[8]" (two of four) or as axes of a mesh, "mesh['a'=2,'b'=4] {'b'}",
-  or parts of axes, "{'a':(1)2}".
+  or parts of axes, "{'a':(1)2}"; "{}" is one group of all devices.
   """
+  if "replica_groups={}" in line:
+    return devices
   listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
   if listed:
     return listed[1].count(",") + 1
