@@ -3,15 +3,23 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LIBTPU := build/libtpu
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-beam test-slurm lint parity parity-full pods clean
+.PHONY: demo test test-tpu test-beam test-slurm lint parity parity-full pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Compiling for TPUs, which needs none of them. The compiler is there for this platform alone.
+test-tpu: $(VENV)/.test-installed $(LIBTPU)/.installed
+	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 tests/test_device_compilers.py
+ifeq ($(shell uname -sm),Linux x86_64)
+test: test-tpu
+endif
 
 # Apache Beam needs older packages than the rest: writing data sets with it is tested in an environment of its own.
 test-beam: $(VENV)-beam/.installed
@@ -32,10 +40,8 @@ parity-full: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.parity_full
 
 # docs/pods.md: the chest config compiled for TPU slices, each 10 to 20 minutes of two cores; goes on where it was stopped.
-# The TPU compiler stays out of the environment: with it, JAX would look for a TPU.
-pods: $(VENV)/.test-installed
-	$(BIN)/pip install --quiet --upgrade --no-deps --target build/libtpu libtpu==0.0.42
-	PYTHONPATH=$(CURDIR)/build/libtpu $(BIN)/python -m benchmarks.pods
+pods: $(VENV)/.test-installed $(LIBTPU)/.installed
+	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m benchmarks.pods
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -49,6 +55,11 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.test-installed: $(VENV)/.installed requirements-test.txt
 	$(BIN)/pip install --quiet --requirement requirements-test.txt
+	touch $@
+
+# The TPU compiler stays out of the environment: with it, JAX would look for a TPU.
+$(LIBTPU)/.installed: | $(VENV)/.installed
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(LIBTPU) libtpu==0.0.42
 	touch $@
 
 $(VENV)-beam/.installed: requirements.txt requirements-beam.txt pyproject.toml
