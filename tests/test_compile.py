@@ -13,7 +13,7 @@ from compdiff_jax import cli, compile, sharding
 from compdiff_jax.ahead_of_time import suggest
 from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.ahead_of_time.flops import count_flops
-from compdiff_jax.ahead_of_time.program import model_flops
+from compdiff_jax.ahead_of_time.program import model_flops, trace
 from compdiff_jax.ahead_of_time.report import out_of_memory
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
@@ -52,10 +52,25 @@ def test_report_for_this_machine(workspace, setting, tmp_path, capsys):
   # Parameters, EMA and two moments, between a quarter and the whole of each; the rows of a batch are small beside them.
   assert 16 * sum(leaves) / 4 < facts["memory"]["arguments"] < 16 * sum(leaves)
   memory = facts["memory"]
-  assert memory["peak"] == memory["arguments"] + memory["results"] + memory["temporaries"] + memory["code"]
+  parts = [memory[part] for part in ("arguments", "results", "temporaries", "code", "idle")]
+  assert memory["peak"] == sum(parts)
+  # A run has everything on the device that its state counts, whether the compiler takes it or not; rows are small.
+  assert 0 < memory["arguments"] + memory["idle"] - memory["state"] < 5000
   kinds = {row["kind"] for row in facts["collectives"]}
   assert "all-gather" in kinds and kinds & {"all-reduce", "reduce-scatter"}
   assert "fits" in printed.err and "DOES NOT" not in printed.err
+
+
+def test_idle_parameters(setting):
+  """Of the autoencoder a step on moments reads nothing, one on images the encoder, and the sampler the decoder."""
+  config, schema = suggest.changed(setting[0], {"train.accumulation": 2, "train.batch_size": 16}), setting[1]
+  shapes = LatentDiffusion.from_config(config, schema).vae.shapes
+  size = lambda *parts: sum(4 * leaf.size for name, leaf in shapes.items() if name.startswith(parts))  # noqa: E731
+  idle = lambda *what: trace(what[0], config, schema, jax.devices(), what[1]).idle_bytes  # noqa: E731
+  encoder, decoder = size("encoder", "quant_conv"), size("decoder", "post_quant_conv")
+  assert idle("train", "moments") == encoder + decoder == size("")
+  assert idle("train", "images") == decoder
+  assert idle("sample", "") == encoder
 
 
 def test_a_run_to_start_from_brings_its_networks(workspace, trained, monkeypatch, capsys):

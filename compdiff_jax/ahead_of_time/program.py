@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh
 
 from compdiff_jax import sharding
@@ -31,6 +32,8 @@ class Program(NamedTuple):
     images: how many one call trains on or draws.
     state_bytes: of what lives on each device between calls: parameters and, in training, moments and average.
     gradient_bytes: of the gradients on each device, 0 for sampling.
+    idle_bytes: of parameters that are on each device between calls though the program does not read them: of the
+      autoencoder, in training on moments.
   """
 
   traced: Any
@@ -38,6 +41,7 @@ class Program(NamedTuple):
   images: int
   state_bytes: int
   gradient_bytes: int
+  idle_bytes: int = 0
 
 
 def _shape(leaf: Any, where: Any = None) -> jax.ShapeDtypeStruct:
@@ -60,6 +64,19 @@ def _batch(model: LatentDiffusion, size: int, inputs: str) -> dict[str, Any]:
 
 def _ids(model: LatentDiffusion, size: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((size, model.text_config.max_position_embeddings), jnp.int32)
+
+
+def _idle_bytes(traced: Any, params: Any, before: int) -> int:
+  """Bytes of `params`, whole on every device, that follow the first `before` arguments and are not read."""
+  jaxpr = traced.jaxpr.jaxpr
+  operands = [value for equation in jaxpr.eqns for value in equation.invars] + jaxpr.outvars
+  read = {value for value in operands if isinstance(value, core.Var)}
+  leaves = jax.tree.leaves(params)
+  return sum(_size(leaf) for leaf, value in zip(leaves, jaxpr.invars[before:]) if value not in read)
+
+
+def _size(leaf: Any) -> int:
+  return leaf.size * leaf.dtype.itemsize
 
 
 class TrainingStep:
@@ -109,9 +126,9 @@ class TrainingStep:
       jax.tree.map(lambda leaf: _shape(leaf, whole), self._frozen),
       jax.tree.map(lambda leaf: _shape(leaf, rows), batch),
     )
-    jitted = jit_train_step(step, shardings, mesh)
-    state, gradients = self.bytes_per_device(mesh)
-    return Program(jitted.trace(*arguments, config.seed), mesh, size, state, gradients)
+    traced = jit_train_step(step, shardings, mesh).trace(*arguments, config.seed)
+    idle = _idle_bytes(traced, self._frozen, len(jax.tree.leaves(self._state)))
+    return Program(traced, mesh, size, *self.bytes_per_device(mesh), idle)
 
   def bytes_per_device(self, mesh: Mesh) -> tuple[int, int]:
     """(state and frozen networks, gradients) of one device."""
@@ -140,8 +157,9 @@ def trace_sampler(config: ml_collections.ConfigDict, schema: Schema, devices: Se
     whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params, guidance = jax.tree.map(lambda leaf: _shape(leaf, whole), (params, guidance))
     rows = jax.tree.map(lambda leaf: _shape(leaf, split), rows)
-  held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-  return Program(sampler.trace(params, *rows, guidance), mesh, size, held, 0)
+  held = sum(map(_size, jax.tree.leaves(params)))
+  traced = sampler.trace(params, *rows, guidance)
+  return Program(traced, mesh, size, held, 0, _idle_bytes(traced, params, 0))
 
 
 def trace(

@@ -68,7 +68,7 @@ def report(
       raise
     return facts | out_of_memory(str(error), facts["memory"])
   facts["compile_seconds"] = round(time.monotonic() - started, 1)
-  facts["memory"] |= memory(compiled)
+  facts["memory"] |= memory(compiled, traced.idle_bytes)
   facts["fits"] = available is None or facts["memory"]["peak"] <= available
   text = Compiled(compiled.as_text())
   facts |= work(compiled.cost_analysis() or {}, text, traced, devices[0].platform, figures)
@@ -125,14 +125,18 @@ def _size(pattern: re.Pattern[str], text: str) -> int | None:
   return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
-def memory(compiled: Any) -> dict[str, int]:
-  """Bytes of one device. Donated arguments and the results that take their place are counted once."""
+def memory(compiled: Any, idle: int = 0) -> dict[str, int]:
+  """Bytes of one device, with the `idle` ones of what a run keeps there and the program does not take.
+
+  Donated arguments and the results that take their place are counted once.
+  """
   stats = compiled.memory_analysis()
   sizes = {
     "arguments": stats.argument_size_in_bytes,
     "results": stats.output_size_in_bytes - stats.alias_size_in_bytes,
     "temporaries": stats.temp_size_in_bytes,
     "code": stats.generated_code_size_in_bytes,
+    "idle": idle,
   }
   return {**sizes, "peak": sum(sizes.values())}
 
@@ -166,7 +170,11 @@ def work(
 
 
 def _speed(facts: Mapping[str, Any], figures: Chip | None) -> dict[str, float]:
-  """Estimates, not measurements: what follows from the compiler's time, and the two bounds that vendor figures give."""
+  """Estimates, not measurements: what follows from the compiler's time, and what the vendor's figures say.
+
+  Products take at least `compute_bound_seconds`. A step may take less than `memory_bound_seconds`: among the compiler's
+  bytes are those that never leave the fast memory on the chip.
+  """
   speed = {}
   if figures is not None:
     speed["compute_bound_seconds"] = facts["flops"] / figures.flops
