@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--inputs", choices=("images", "moments"), default="images", help="what the data set holds")
   parser.add_argument("--schema", type=Path, default=None, help="schema.json of the data; default: config.data.path's")
   parser.add_argument("--memory_gib", type=float, default=None, help="of a device; default: what its kind offers")
-  parser.add_argument("--suggest", action="store_true", help="try remat, fsdp and accumulation, and report the best")
+  parser.add_argument("--suggest", action="store_true", help="try batch, remat, fsdp, accumulation; report the best")
   parser.add_argument("--out", type=Path, default=None, help="write the report there as JSON, too")
   args, overrides = parser.parse_known_args(argv)
   config = load_config(args.config, overrides)
@@ -64,9 +64,11 @@ def main(argv: list[str]) -> None:
       raise cli.RunError(
         f"{args.config} fits {args.topology} in no way: its state alone is larger than a device's memory"
       )
-    facts = {**tried[-1], "tried": [_attempt(one) for one in tried]}
+    facts = {**suggest.best(tried), "tried": [_attempt(one) for one in tried]}
   else:
     facts = compile_with({})
+  if not facts["fits"]:
+    facts["nearest"] = None if args.suggest else _nearest(options(), facts)
   text = json.dumps(facts, indent=2)
   print(text)
   if args.out:
@@ -75,9 +77,11 @@ def main(argv: list[str]) -> None:
   if args.suggest and facts["fits"]:
     print(f"the best that fits: {suggest.as_arguments(facts['changes']) or 'the config as it is'}", file=sys.stderr)
   elif not facts["fits"]:
-    advice = "nothing that was tried fits: give more devices or a smaller batch"
-    if not args.suggest:
-      advice = _advice(options(), facts["memory"])
+    advice = "nothing that was tried fits: give more devices"
+    if facts["nearest"] is not None:
+      advice = f"{suggest.as_arguments(facts['nearest'])} should fit; --suggest tries"
+    elif not args.suggest:
+      advice = "no smaller batch, remat or mesh.fsdp should help: give more devices"
     raise cli.RunError(f"{args.config} does not fit {args.topology}: {_overflow(facts['memory'])}; {advice}")
 
 
@@ -92,13 +96,11 @@ def _overflow(memory: dict[str, int]) -> str:
   return f"it takes {_in_words(memory['peak'])} of a device's {_in_words(memory['available'])}"
 
 
-def _advice(options: list[suggest.Candidate], memory: dict[str, int]) -> str:
-  """The nearest option that should fit. What a program takes that the compiler gave up on is at least what there is."""
-  available = memory.get("available", 0)
-  found = suggest.likely(options, memory.get("peak", available), available)
-  if found is None:
-    return "no smaller batch, remat or mesh.fsdp should help: give more devices"
-  return f"{suggest.as_arguments(found.changes)} should fit; --suggest tries"
+def _nearest(options: list[suggest.Candidate], facts: dict[str, Any]) -> dict[str, Any] | None:
+  """Changes with which it should fit. What a program takes that the compiler gave up on is at least what there is."""
+  available = facts["memory"].get("available", 0)
+  found = suggest.likely(options, facts["changes"], facts["memory"].get("peak", available), available)
+  return found and dict(found.changes)
 
 
 def _in_words(size: float) -> str:

@@ -124,7 +124,8 @@ def test_suggestion_end_to_end(workspace, setting, capsys):
   printed = capsys.readouterr()
   last = printed.err.strip().splitlines()[-1]
   assert "does not fit local: it takes" in last and "--config.mesh.fsdp=2 should fit; --suggest tries" in last
-  assert json.loads(printed.out)["fits"] is False
+  facts = json.loads(printed.out)
+  assert facts["fits"] is False and facts["nearest"] == {"mesh.fsdp": 2}
 
   compile.main([*limited, "--suggest"])
   printed = capsys.readouterr()
@@ -140,16 +141,38 @@ def test_candidates_from_fast_to_slow(setting):
   # 30 rows become 4 on each device. The fastest recomputes nothing and gathers nothing.
   assert found[0].changes == {"train.batch_size": 32, "remat": "none"}
   assert found[1].changes == {"train.batch_size": 32, "remat": "none", "mesh.fsdp": 2}
-  assert len(found) == 4 * 3 * 3 and [one.time for one in found] == sorted(one.time for one in found)
+  own = [one for one in found if one.own_batch]
+  for part in (own, found[len(own) :]):
+    assert [one.time for one in part] == sorted(one.time for one in part)
+  # Every mesh, batch, accumulation and remat once: all accumulations of 4 rows, other numbers of rows at once.
+  everything = {
+    (fsdp, rows, accumulation, remat)
+    for fsdp in (1, 2, 4, 8)
+    for rows in (1, 2, 4, 8, 16, 32)
+    for accumulation in (1, 2, 4)
+    for remat in ("none", "matmuls", "blocks")
+    if rows == 4 or accumulation == 1
+  }
+  defaults = {"mesh.fsdp": 1, "train.batch_size": 30, "train.accumulation": 1, "remat": "blocks"}
+  tried = [tuple((defaults | one.changes)[key] for key in defaults) for one in found]
+  assert sorted(tried) == sorted((f, 8 * rows, a, remat) for f, rows, a, remat in everything)
+  assert {batch for (_, batch, _, _), one in zip(tried, found) if one.own_batch} == {32}
   held = {one.changes.get("mesh.fsdp", 1): one.held for one in found}
   assert held[1] > held[2] > held[4] > held[8] > held[1] / 8
   smallest = min(one.activations for one in found)
   assert smallest == 0.25  # one row, all blocks recomputed
+  # Sizes that are no powers of two.
+  six = suggest.changed(config, {"mesh.fsdp": 3, "train.batch_size": 18, "train.accumulation": 2})
+  found = suggest.candidates("train", six, setting[1], jax.devices()[:6], "images")
+  assert {one.changes.get("mesh.fsdp", 3) for one in found} == {1, 2, 3, 6}
+  assert suggest.whole_batch(six, jax.devices()[:6]) == 24
+  assert {one.changes["train.batch_size"] for one in found} == {6, 12, 24, 48, 96, 192}
   # An axis of "all the remaining devices" is compared by its size.
   for mesh, own in (({"mesh.data": 1, "mesh.fsdp": -1}, 8), ({"mesh.fsdp": 2, "mesh.data": 2, "mesh.tensor": -1}, 2)):
     found = suggest.candidates("train", suggest.changed(config, mesh), setting[1], jax.devices(), "images")
     meshes = [sharding.make_mesh(suggest.changed(config, {**mesh, **one.changes}).mesh).shape for one in found]
-    assert [m["fsdp"] for m, one in zip(meshes, found) if one.changes.keys() == {"train.batch_size"}] == [own]
+    unchanged = [m for m, one in zip(meshes, found) if one.own_batch and one.changes.keys() == {"train.batch_size"}]
+    assert [m["fsdp"] for m in unchanged] == [own]
     assert {m["fsdp"] for m in meshes} == {2**n for n in range(4) if 2**n * meshes[0]["tensor"] <= 8}
   rows = suggest.candidates("sample", config, setting[1], jax.devices(), "images")
   assert [one.changes for one in rows] == [{}]
@@ -176,10 +199,36 @@ def test_search_compiles_few_and_learns_from_each():
   reports = list(suggest.search(options, compile_with, 40))
   # 0 cannot fit; 1 is tried; 2 and 3 are then known not to; 4 is near enough to try.
   assert compiled == [1, 4, 5] and reports[-1]["fits"]
-  assert suggest.likely([*options[1:], suggest.Candidate({}, 9, 10, 8.0)], 10 + 8 * 8, 40) == options[5]
+  assert suggest.likely(options[1:], {"n": 2}, 10 + 8 * 8, 40) == options[5]
   compiled.clear()
   list(suggest.search(options, compile_with, None))
   assert compiled[0] == 0
+
+
+def test_larger_batches_are_tried_where_they_may_be_faster():
+  """A machine whose truth is: 10 held, 8 for each unit of activations, 40 are there; 10 + rows images/s."""
+  options = [
+    suggest.Candidate({"rows": 4, "remat": "none"}, 1.0, 10, 4.0),
+    suggest.Candidate({"rows": 4, "remat": "blocks"}, 1.3, 10, 1.0),
+    suggest.Candidate({"rows": 16, "remat": "blocks"}, 1.1, 10, 5.0, own_batch=False),
+    suggest.Candidate({"rows": 12, "remat": "blocks"}, 1.2, 10, 3.0, own_batch=False),
+    suggest.Candidate({"rows": 8, "remat": "blocks"}, 1.25, 10, 2.0, own_batch=False),
+    suggest.Candidate({"rows": 2, "remat": "none"}, 1.35, 10, 2.0, own_batch=False),
+  ]
+
+  def compile_with(changes, speed):
+    one = next(one for one in options if one.changes == changes)
+    peak = one.held + 8 * one.activations
+    return {"fits": peak <= 40, "memory": {"peak": peak}, "changes": changes, **speed(changes["rows"])}
+
+  def rows(speed):
+    reports = list(suggest.search(options, functools.partial(compile_with, speed=speed), 40))
+    return [one["changes"]["rows"] for one in reports], suggest.best(reports)["changes"]["rows"]
+
+  # The config's batch fits with everything recomputed; 16 rows are known not to fit; the fewer are slower.
+  assert rows(lambda n: {"estimated_images_per_second_a_chip": 10 + n}) == ([4, 4, 12], 12)
+  assert rows(lambda n: {"estimated_images_per_second_a_chip": 10 - n}) == ([4, 4, 12], 4)
+  assert rows(lambda n: {}) == ([4, 4], 4)
 
 
 @pytest.mark.parametrize(
