@@ -1,18 +1,23 @@
 """`compdiff compile`: does it fit, how fast could it be? Compiles a run's program for machines that are not here.
 
 The program is the step of `compdiff train` or the sampler of `compdiff sample`, made from shapes alone: of pretrained
-networks only config.json is read, of the data only schema.json. Estimates are the compiler's; nothing is measured.
+networks only config.json is read, of the data only schema.json. Where a directory does not exist, age, sex and race and
+the sizes of Stable Diffusion 2.1-base stand in, and a batch that the devices do not divide is raised; the report names
+it. Estimates are the compiler's; nothing is measured.
 """
 
 import json
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 
 from compdiff_jax import cli
-from compdiff_jax.ahead_of_time import suggest
+from compdiff_jax.ahead_of_time import stand_ins, suggest
 from compdiff_jax.ahead_of_time.chips import topology_devices, usable_memory
 from compdiff_jax.ahead_of_time.report import report
 from compdiff_jax.conditioning.schema import Schema
@@ -42,33 +47,38 @@ def main(argv: list[str]) -> None:
   if args.topology != "local" and not jax.config.jax_platforms:
     jax.config.update("jax_platforms", "cpu")  # the compiler's wheel is there, its hardware need not be
   devices = topology_devices(args.topology, args.slices)
-  schema = Schema.load(args.schema or Path(config.data.path) / "schema.json")
-  if config.init:
-    config = open_run(config.init).start(config, schema)
   memory = int(args.memory_gib * 2**30) if args.memory_gib else usable_memory(devices[0])
+  with tempfile.TemporaryDirectory() as directory:
+    config, schema, missing = _complete(config, args.schema, Path(directory))
+    raised = _raised_batch(config, devices) if args.program == "train" else {}
+    if raised:
+      size, whole = config.train.batch_size, raised["train.batch_size"]
+      missing.append(f"train.batch_size {size} is not divisible by data x fsdp x accumulation: {whole} stands in")
+    for sentence in missing:
+      print(sentence, file=sys.stderr)
 
-  def compile_with(changes: suggest.Changes) -> dict[str, Any]:
-    if changes:
-      print(f"trying {suggest.as_arguments(changes)}", file=sys.stderr)
-    changed = suggest.changed(config, changes)
-    facts = report(args.program, changed, schema, devices, args.topology, args.inputs, memory)
-    print_report(facts)
-    return {**facts, "changes": dict(changes)}
+    def compile_with(changes: suggest.Changes) -> dict[str, Any]:
+      if changes:
+        print(f"trying {suggest.as_arguments(changes)}", file=sys.stderr)
+      changed = suggest.changed(config, changes)
+      facts = report(args.program, changed, schema, devices, args.topology, args.inputs, memory)
+      print_report(facts)
+      return {**facts, "changes": dict(changes), "stand_ins": missing}
 
-  def options() -> list[suggest.Candidate]:
-    return suggest.candidates(args.program, config, schema, devices, args.inputs)
+    def options() -> list[suggest.Candidate]:
+      return suggest.candidates(args.program, config, schema, devices, args.inputs)
 
-  if args.suggest:
-    tried = list(suggest.search(options(), compile_with, memory))
-    if not tried:
-      raise cli.RunError(
-        f"{args.config} fits {args.topology} in no way: its state alone is larger than a device's memory"
-      )
-    facts = {**suggest.best(tried), "tried": [_attempt(one) for one in tried]}
-  else:
-    facts = compile_with({})
-  if not facts["fits"]:
-    facts["nearest"] = None if args.suggest else _nearest(options(), facts)
+    if args.suggest:
+      tried = list(suggest.search(options(), compile_with, memory))
+      if not tried:
+        raise cli.RunError(
+          f"{args.config} fits {args.topology} in no way: its state alone is larger than a device's memory"
+        )
+      facts = {**suggest.best(tried), "tried": [_attempt(one) for one in tried]}
+    else:
+      facts = compile_with(raised)
+    if not facts["fits"]:
+      facts["nearest"] = None if args.suggest else _nearest(options(), facts)
   text = json.dumps(facts, indent=2)
   print(text)
   if args.out:
@@ -83,6 +93,22 @@ def main(argv: list[str]) -> None:
     elif not args.suggest:
       advice = "no smaller batch, remat or mesh.fsdp should help: give more devices"
     raise cli.RunError(f"{args.config} does not fit {args.topology}: {_overflow(facts['memory'])}; {advice}")
+
+
+def _complete(
+  config: ml_collections.ConfigDict, schema_file: Path | None, directory: Path
+) -> tuple[ml_collections.ConfigDict, Schema, list[str]]:
+  """Config and schema with stand-ins, kept in `directory`, for what does not exist, and a sentence for each."""
+  schema, missing = (Schema.load(schema_file), []) if schema_file else stand_ins.schema_of(config.data.path)
+  if config.init:
+    config = open_run(config.init).start(config, schema)
+  config, networks = stand_ins.with_networks(config, directory)
+  return config, schema, missing + networks
+
+
+def _raised_batch(config: ml_collections.ConfigDict, devices: Sequence[Any]) -> suggest.Changes:
+  batch = suggest.whole_batch(config, devices)
+  return {} if batch == config.train.batch_size else {"train.batch_size": batch}
 
 
 def _attempt(facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """The attributes of the public data sets: one table for all builders."""
 
+from compdiff_jax.conditioning.demographics import AGE, RACE, SEX
 from compdiff_jax.conditioning.schema import Attribute, Schema
 
-AGE = Attribute("age", "continuous", low=0, high=100, bins=(18, 40, 60, 80), unit="year")
-SEX = Attribute("sex", "categorical", values=("male", "female"))
 VIEW = Attribute("view", "categorical", values=("PA", "AP"))
-CHEST_RACES = ("white", "black", "asian", "hispanic")
+CHEST_RACES = RACE.values
 FUNDUS_RACES = ("white", "black", "asian")
 OTHER = "other"
 

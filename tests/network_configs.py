@@ -1,5 +1,7 @@
 """config.json contents of the networks: of published models, as their files have them, and of toys for parity tests."""
 
+from compdiff_jax.ahead_of_time.stand_ins import SD21_BASE
+
 
 def _blocks(kind: str, *attends: bool) -> list[str]:
   return [f"{'CrossAttn' if attend else ''}{kind}Block2D" for attend in attends]
@@ -42,14 +44,7 @@ _SD15_UNET = {
   "sample_size": 64,
   "up_block_types": _blocks("Up", False, True, True, True),
 }
-_SD21_BASE_UNET = _SD15_UNET | {
-  "_diffusers_version": "0.10.0.dev0",
-  "attention_head_dim": [5, 10, 20, 20],
-  "cross_attention_dim": 1024,
-  "dual_cross_attention": False,
-  "use_linear_projection": True,
-}
-_SD21_UNET = _SD21_BASE_UNET | {
+_SD21_UNET = SD21_BASE["unet"] | {
   "num_class_embeds": None,
   "only_cross_attention": False,
   "sample_size": 96,
@@ -85,14 +80,6 @@ _SD15_TEXT = {
   "transformers_version": "4.22.0.dev0",
   "vocab_size": 49408,
 }
-_SD21_TEXT = _SD15_TEXT | {
-  "hidden_act": "gelu",
-  "hidden_size": 1024,
-  "intermediate_size": 4096,
-  "num_attention_heads": 16,
-  "num_hidden_layers": 23,
-  "projection_dim": 512,
-}
 _TINY_TEXT = _SD15_TEXT | {
   "hidden_size": 32,
   "intermediate_size": 37,
@@ -106,11 +93,6 @@ SD15 = {
   "unet": _SD15_UNET,
   "vae": _autoencoder(128, 256, 512, 512, sample_size=512),
   "text_encoder": _SD15_TEXT,
-}
-SD21_BASE = {
-  "unet": _SD21_BASE_UNET,
-  "vae": _autoencoder(128, 256, 512, 512, sample_size=768),
-  "text_encoder": _SD21_TEXT,
 }
 # With v-prediction, at 768 px.
 SD21 = SD21_BASE | {"unet": _SD21_UNET}

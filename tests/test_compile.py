@@ -7,10 +7,11 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import config_arguments
+from conditioner_parity import CHEST
+from conftest import REPOSITORY, config_arguments
 
 from compdiff_jax import cli, compile, sharding
-from compdiff_jax.ahead_of_time import suggest
+from compdiff_jax.ahead_of_time import stand_ins, suggest
 from compdiff_jax.ahead_of_time.chips import compiler_options
 from compdiff_jax.ahead_of_time.flops import count_flops
 from compdiff_jax.ahead_of_time.program import model_flops, trace
@@ -53,7 +54,7 @@ def test_report_for_this_machine(workspace, setting, tmp_path, capsys):
   assert 16 * sum(leaves) / 4 < facts["memory"]["arguments"] < 16 * sum(leaves)
   memory = facts["memory"]
   parts = [memory[part] for part in ("arguments", "results", "temporaries", "code", "idle")]
-  assert memory["peak"] == sum(parts)
+  assert memory["peak"] == sum(parts) and facts["stand_ins"] == []
   # A run has everything on the device that its state counts, whether the compiler takes it or not; rows are small.
   assert 0 < memory["arguments"] + memory["idle"] - memory["state"] < 5000
   kinds = {row["kind"] for row in facts["collectives"]}
@@ -71,6 +72,31 @@ def test_idle_parameters(setting):
   assert idle("train", "moments") == encoder + decoder == size("")
   assert idle("train", "images") == decoder
   assert idle("sample", "") == encoder
+
+
+def test_nothing_but_the_config_needs_to_be_there(workspace, tmp_path, capsys):
+  """What is missing is named, as is a batch that the devices do not divide."""
+  missing = [f"--config.{key}={tmp_path / 'none'}" for key in ("data.path", "weights.vae", "weights.tokenizer")]
+  batch = ["--config.train.batch_size=9", "--config.train.accumulation=2"]
+  attributes = "--config.conditioner.attributes=('age','sex','race')"
+  compile.main([*config_arguments(workspace), *missing, *batch, attributes, "--topology=local"])
+  printed = capsys.readouterr()
+  facts = json.loads(printed.out)
+  data, vae, size = facts["stand_ins"]
+  assert "age, sex, race stand in" in data and "weights.vae" in vae and "config.vae" in vae and " 9 " in size
+  assert all(sentence in printed.err.splitlines() for sentence in facts["stand_ins"])
+  assert facts["batch_size"] == 16 and facts["changes"] == {"train.batch_size": 16}
+
+
+def test_the_published_sizes_stand_in_for_weights_that_are_missing(tmp_path):
+  config = load_config(str(REPOSITORY / "configs" / "chest" / "compdiff.py"))
+  config.weights.update({name: str(tmp_path / "none" / name) for name in config.weights})
+  completed, sentences = stand_ins.with_networks(config, tmp_path)
+  schema, said = stand_ins.schema_of(str(tmp_path / "none"))
+  assert schema == CHEST and len(said) == 1 and len(sentences) == 3
+  model = LatentDiffusion.from_config(completed, schema)
+  count = lambda name: sum(leaf.size for leaf in model.component(name).shapes.values())  # noqa: E731
+  assert [count(name) for name in ("unet", "vae", "text_encoder")] == [865_910_724, 83_653_863, 340_387_840]
 
 
 def test_a_run_to_start_from_brings_its_networks(workspace, trained, monkeypatch, capsys):
@@ -274,8 +300,9 @@ def test_what_a_compiler_without_memory_says(message, peak, available):
     (["--topology=h20:8"], "did you mean 'h200'"),
     (["--topology=local", "--slices=0"], "must be at least 1"),
     (["--topology=local", "--config.mesh.data=3"], "does not divide 8 devices"),
-    (["--topology=local", "--config.train.batch_size=9"], "not divisible"),
     (["--topology=local", "--schema=nowhere.json"], "nowhere.json"),
+    (["--topology=local", "--config.data.path=tests"], "tests/schema.json is missing"),
+    (["--topology=local", "--config.weights.vae=tests"], "config.json"),
     (["--topology=local", "--schema=tests"], "tests cannot be read: Is a directory"),
   ],
 )
