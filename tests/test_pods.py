@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from conftest import REPOSITORY
 
 from benchmarks import pods
+from compdiff_jax.ahead_of_time import stand_ins
 from compdiff_jax.ahead_of_time.program import TrainingStep, model_flops
-from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.conditioning.demographics import SCHEMA
 from compdiff_jax.config import load_config
 
 
@@ -33,13 +35,11 @@ def test_traffic(chips, slices, fsdp):
   assert dcn == pytest.approx(2 * _ring(2000 / chips, slices))
 
 
-def test_constants_are_those_of_the_config(tmp_path, monkeypatch):
-  pods.prepare(tmp_path)
-  config = load_config(str(pods.Path(pods.__file__).parents[1] / pods.CONFIG), ["--config.train.batch_size=1"])
-  monkeypatch.chdir(tmp_path)
-  schema = Schema.load(tmp_path / "data" / "chest" / "schema.json")
-  assert TrainingStep(config, schema, "moments").trained_parameters == pods.PARAMETERS
-  assert model_flops(config, schema, "moments") == pytest.approx(pods.IMAGE_FLOPS, rel=1e-3)
+def test_constants_are_those_of_the_config(tmp_path):
+  config = load_config(str(REPOSITORY / pods.CONFIG), ["--config.train.batch_size=1"])
+  config, _ = stand_ins.with_networks(config, tmp_path)
+  assert TrainingStep(config, SCHEMA, "moments").trained_parameters == pods.PARAMETERS
+  assert model_flops(config, SCHEMA, "moments") == pytest.approx(pods.IMAGE_FLOPS, rel=1e-3)
 
 
 def test_page_from_some_reports(tmp_path, monkeypatch):
@@ -49,6 +49,7 @@ def test_page_from_some_reports(tmp_path, monkeypatch):
   monkeypatch.setattr(pods, "PAGE", tmp_path / "pods.md")
   facts = {
     "topology": "v6e:4x4",
+    "slices": 1,
     "devices": 16,
     "batch_size": 128,
     "mesh": {"data": 4, "fsdp": 4, "tensor": 1},
@@ -56,17 +57,39 @@ def test_page_from_some_reports(tmp_path, monkeypatch):
     "fits": True,
     "memory": {"arguments": 2**32, "peak": 10 * 2**30, "available": 32 * 2**30},
     "estimated_seconds": 0.125,
+    "memory_bound_seconds": 0.25,
+    "ici_seconds": 0.02,
     "collectives": [{"kind": "all-gather", "network": "ICI", "sent_bytes": 3 * 10**9}],
     "machine": "2026-11-25, a machine.",
   }
   (reports / "v6e-16.json").write_text(json.dumps(facts))
+  exchange = {"kind": "send", "network": "DCN", "sent_bytes": 2 * 10**8}
+  two = facts | {"topology": "v5e:4x4", "slices": 2, "devices": 32, "batch_size": 256, "memory_bound_seconds": 0.1}
+  two |= {"ici_seconds": 0.04, "dcn_seconds": 0.015, "collectives": [*facts["collectives"], exchange]}
+  (reports / "v5e-16x2.json").write_text(json.dumps(two))
   pods.main(["--only", ""])
   page = (tmp_path / "pods.md").read_text()
   assert "| `v6e:4x4`, 16 |" in page and "| 10.00 |" in page and "| 3.00 |" in page and "a machine." in page
+  assert "| `v5e:4x4` × 2, 32 |" in page and "--slices=2 --inputs=moments --config.train.batch_size=256" in page
   assert "Not compiled yet: v5e-16, v5e-256, v5p-8, v5p-128, v6e-256;" in page
-  # Half of 400 GB/s, as 4x4 closes no ring.
-  ici, _ = pods.traffic(16, 1, 4)
-  row = next(line for line in page.splitlines() if line.startswith("| `v6e:4x4` |"))
-  assert f"| 0.125 (compiled) | {ici / 1e9:.2f} | {ici / 200e6:.0f} |" in row
-  assert f"| {0.125 / (0.125 + ici / 200e9):.0%} | 100% |" in row
-  assert "(assumed)" in page and "{" not in page
+  # The bytes of v6e take longer than the step is estimated to: eight images in 0.25 s.
+  assert "by that, images/s a chip are 32 (v6e-16)." in page and "| 0.125 † |" in page
+
+  def row(start):
+    return next(line for line in page.splitlines() if line.startswith(start))
+
+  def paper(chips, slices, fsdp):
+    return [size / 1e9 for size in pods.traffic(chips, slices, fsdp)]
+
+  ici, dcn = paper(16, 1, 4)[0], paper(16, 2, 4)[1]
+  compiled = f"0.125 (compiled †) | 3.00 | {ici:.2f} | 20 |"
+  assert row("| `v6e:4x4` |") == f"| `v6e:4x4` | 16 | {compiled}  |  |  | {0.125 / 0.145:.0%} |"
+  # Two slices without a program of their own send inside what one sends, and between them what the formula says.
+  share = f"{0.125 / (0.145 + dcn / 12.5):.0%}"
+  assert row("| `v6e:4x4` × 2") == f"| `v6e:4x4` × 2 | 32 | {compiled}  | {dcn:.3f} | {dcn * 80:.0f} | {share} |"
+  # Half of 400 GB/s, as 2x4 closes no ring.
+  ici = paper(8, 1, 4)[0]
+  assert f"|  | {ici:.2f} | {ici * 5:.0f} |  |  |  | {0.125 / (0.125 + ici / 200):.0%} |" in row("| `v6e:2x4` |")
+  ici, dcn = paper(16, 2, 8)
+  assert f"| 3.00 | {ici:.2f} | 40 | 0.200 | {dcn:.3f} | 15 | {0.125 / 0.18:.0%} |" in row("| `v5e:4x4` × 2")
+  assert "(assumed)" in row("| `v5e:4x4` |") and "{" not in page
