@@ -26,6 +26,7 @@ from compdiff_jax.sampling.gallery import sample_grid
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.job import make_generate
 from compdiff_jax.sampling.sampler import sampler_from_config
+from compdiff_jax.training import streams
 from compdiff_jax.training.checks import (
   check_finite,
   check_intervals,
@@ -126,7 +127,8 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
     else:
       start = 0
       given = origin.load_trained("ema", mesh)[1] if origin else None
-      params = model.initial_params(jax.random.key(config.seed), config.weights, given)
+      key = jax.random.fold_in(jax.random.key(config.seed), streams.INITIAL)
+      params = model.initial_params(key, config.weights, given)
       params = sharding.place(params, shardings.params)
       state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
       del given, params  # the devices would keep a second copy as long as the run lasts

@@ -28,12 +28,10 @@ from jax.experimental import multihost_utils
 from compdiff_jax.cli import InputError, nearest
 from compdiff_jax.conditioning.interface import level_indices
 from compdiff_jax.conditioning.schema import Schema
-from compdiff_jax.training import bandit
+from compdiff_jax.training import bandit, streams
 
 # Uniform draws from which the search starts.
 _RAW_SAMPLES = {"published": 20, "compdiff": 32}
-# Numbers of the random streams of a step; sample weights have a stream of their own in `training.step`.
-_EXPLORATION, _SEARCH = 0xFA1, 0xFA2
 
 
 class FairState(NamedTuple):
@@ -144,7 +142,7 @@ class FairDiffusion:
 
   def _explored(self, sigma: jax.Array, seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
     """sigma <- clip(rho sigma + (1 - rho) u), u ~ U(0, 1), rho the exploitation."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _EXPLORATION), step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), streams.EXPLORATION), step)
     drawn = jax.random.uniform(key, [self.num_groups])
     return jnp.clip(self.exploitation * sigma + (1 - self.exploitation) * drawn, 0.0, 1.0)
 
@@ -164,7 +162,7 @@ class FairDiffusion:
     try:
       if not np.isfinite(gaps).all():
         raise np.linalg.LinAlgError
-      rng = np.random.default_rng([seed, _SEARCH, step])
+      rng = np.random.default_rng([seed, streams.SEARCH, step])
       process = bandit.fit(sigmas, -gaps)
       best = bandit.maximise(process, self.ucb_beta, rng, raw_samples=_RAW_SAMPLES[self.variant])
       sigma = self._explored(jnp.asarray(best, jnp.float32), seed, step)
