@@ -55,8 +55,8 @@ def print_summary(out: Path, seconds: dict[str, float]) -> None:
   print("\n== Result (toy scale: phantoms, 64 px)")
   print(f"  {'denoising loss, training':<70}{last['diffusion']:.4f}")
   for row in report["headline"]:
-    value = f"{row['value']:.4g}" if "value" in row else row["status"]
-    print(f"  {row['measure'] + ', ' + row['group']:<70}{value}")
+    value = f"{row['value']:.4g}" if "value" in row else ""
+    print(f"  {row['measure'] + ', ' + row['group']:<70}{', '.join(filter(None, (value, row.get('status'))))}")
   print("  " + "  ".join(f"{name} {value:.0f} s" for name, value in seconds.items()))
   print(f"  {'total':<66}{sum(seconds.values()) / 60:.1f} min")
   for name, path in (("grid", "samples/grid.png"), ("report", "report/report.html"), ("export", "export")):
