@@ -14,10 +14,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Compiling for TPUs, which needs none of them. The compiler is there for this platform alone.
+# Compiling for TPUs, which needs none of them. The compiler is there for this platform alone; make test takes the kernel
+# and one program.
+TPU_TESTS := tests/test_device_compilers.py
 test-tpu: $(VENV)/.test-installed $(LIBTPU)/.installed
-	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 tests/test_device_compilers.py
+	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 $(TPU_TESTS)
 ifeq ($(shell uname -sm),Linux x86_64)
+test: TPU_TESTS += -k "two or kernel or layout"
 test: test-tpu
 endif
 

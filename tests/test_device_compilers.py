@@ -63,7 +63,7 @@ def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path)
   """The gradients are what crosses the slower network."""
   # Wide enough that the compiler hardly pads: it sends tiles of 8 x 128.
   widths = {"text_encoder.hidden_size": 128, "conditioner.d_ctx": 128, "unet.cross_attention_dim": 128}
-  widths["unet.block_out_channels"] = (256,)
+  widths["unet.block_out_channels"] = (128,)
   options = ["--topology=v5e:2x2", "--slices=2", "--config.mesh.fsdp=2", f"--out={tmp_path / 'report.json'}"]
   done = _compile(workspace, *options, *(f"--config.{name}={value}" for name, value in widths.items()))
   assert done.returncode == 0, done.stderr
