@@ -41,7 +41,7 @@ from compdiff_jax.workdir import content_hash
 from data_prep import checksums
 
 # Files of the data set that describe its records, not its images.
-_COPIED = ("holdout.json", "cells.csv", "attribution.csv")
+_COPIED = ("holdout.json", "holdout_images.csv", "holdout_leaks.csv", "cells.csv", "attribution.csv")
 
 
 def encoder(directory: str | Path, dtype: str, batch_size: int) -> tuple[Callable[[np.ndarray], np.ndarray], str, int]:

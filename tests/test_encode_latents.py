@@ -19,7 +19,7 @@ from compdiff_jax.interop.weights import load_component, read_config
 from compdiff_jax.metrics import read_metrics
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.models.vae import AutoencoderKL, VAEConfig
-from data_prep import encode_latents
+from data_prep import encode_latents, holdout, verify
 from data_prep.dataset import write_dataset
 from data_prep.phantom import population as phantom
 
@@ -65,6 +65,20 @@ def test_licence_of_the_images_holds_for_their_moments(workspace, tmp_path):
   encode_latents.main(["--data", f"{tmp_path / 'data'}", "--weights", f"{workspace}", "--out", f"{out}"])
   assert tfds.builder_from_directory(out).info.redistribution_info.license == licence
   assert (out / "LICENSE").read_text() == licence
+
+
+def test_moments_carry_the_proof_of_the_holdout(workspace, tmp_path):
+  what = {"name": "phantom", "schema": phantom.SCHEMA, "description": "", "size": 32, "command": ""}
+  images = phantom.PhantomImages(0, 32)
+  write_dataset(tmp_path / "all", examples=phantom.rows(0, 60), encode=images, fractions=(1, 0, 0), **what)
+  data, out = tmp_path / "data", tmp_path / "latents"
+  holdout.main(["--data", f"{tmp_path / 'all'}", "--out", f"{data}", "--cells", "sex=female,group=B"])
+  encode_latents.main(["--data", f"{data}", "--weights", f"{workspace}", "--out", f"{out}"])
+  for name in ("holdout.json", "holdout_images.csv", "holdout_leaks.csv"):
+    assert (out / name).read_text() == (data / name).read_text()
+  assert len((data / "holdout_images.csv").read_text().splitlines()) > 1
+  _, problems = verify.verify(out)
+  assert not problems.counts
 
 
 def test_interrupted_run_goes_on_at_the_first_missing_shard(workspace, latents, tmp_path, monkeypatch):
