@@ -233,10 +233,10 @@ def write_dataset(
       leaks = text_leaks.find(written, own, named, held_out, schema)
       holdout["text"] = text_leaks.describe(leaks, own, by_text)
       (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
-      _write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
-    _write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
+      write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
+    write_csv(directory / "rejected.csv", REJECTED_COLUMNS, rejected)
     repeated = duplicates.find(splits)
-    _write_csv(directory / "duplicates.csv", duplicates.COLUMNS, repeated)
+    write_csv(directory / "duplicates.csv", duplicates.COLUMNS, repeated)
     _write_attribution(directory / "attribution.csv", splits)
     for split, members in splits.items():
       write_attributes(directory, split, schema, attribute_columns(members, schema))
@@ -369,7 +369,7 @@ def _check_rejected(out: Path, written: int, rejected: Sequence[Mapping[str, Any
   # The list is needed to mend the input, so it outlives the failed run beside the place of the data set.
   place = out.with_name(f"{out.name}.rejected.csv")
   with writing(place):
-    _write_csv(place, REJECTED_COLUMNS, rejected)
+    write_csv(place, REJECTED_COLUMNS, rejected)
   worst, count = Counter(row["reason"].split(":")[0] for row in rejected).most_common(1)[0]
   raise UnfinishedError(
     f"{len(rejected)} of {total} rows rejected ({share:.1%}, limit {limit:.1%}; most often: {worst}, {count}x);"
@@ -402,7 +402,8 @@ def _check_patients(out: Path, rows: Sequence[Mapping[str, Any]], assigned: Sequ
     )
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+  """A table of `columns`; what a row does not have is empty, and other entries of it are left out."""
   with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
@@ -414,7 +415,7 @@ def _write_attribution(path: Path, splits: Mapping[str, Sequence[Mapping[str, An
   columns = list(dict.fromkeys(c for members in splits.values() for row in members for c in row["attribution"]))
   if columns:
     lines = ({"key": r["key"], "split": s, **r["attribution"]} for s, members in splits.items() for r in members)
-    _write_csv(path, ("key", "split", *columns), lines)
+    write_csv(path, ("key", "split", *columns), lines)
 
 
 def _report(

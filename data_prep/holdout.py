@@ -26,7 +26,7 @@ from compdiff_jax import cli
 from compdiff_jax.conditioning.schema import Cell, Schema
 from compdiff_jax.data.records import SPLITS, RecordSet, decode_image, write_description, write_split
 from data_prep import card, checksums, text_leaks
-from data_prep.dataset import parse_cells
+from data_prep.dataset import parse_cells, write_csv
 from data_prep.holdouts import attribute_columns, hold_out, report_lines
 from data_prep.leaks import Scanner, read_patterns
 
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
   if learned and not args.allow_text_leaks:
     place = args.out.with_name(f"{args.out.name}.leaks.csv")
     with cli.writing(place):
-      _write_csv(place, text_leaks.COLUMNS, learned)
+      write_csv(place, text_leaks.COLUMNS, learned)
     keys = list(dict.fromkeys(leak["key"] for leak in learned))
     raise cli.InputError(
       f"{len(keys)} training and validation texts name a level of a held-out cell ({', '.join(keys[:_SHOWN])} ...);"
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> None:
   # ---- The data set
   with cli.whole_directory(args.out) as directory:
     _write(directory, records, rows, assigned, holdout, shlex.join([*_PROG.split(), *argv]))
-    _write_csv(directory / "holdout_images.csv", _IMAGE_COLUMNS, evaluation_list(rows, cells, records.schema, holdout))
-    _write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
+    write_csv(directory / "holdout_images.csv", _IMAGE_COLUMNS, evaluation_list(rows, cells, records.schema, holdout))
+    write_csv(directory / "holdout_leaks.csv", text_leaks.COLUMNS, leaks)
     holdout["proof"] = _proof(RecordSet(directory), cells)
     (directory / "holdout.json").write_text(json.dumps(holdout, indent=2) + "\n")
     checksums.write(directory)
@@ -192,11 +192,11 @@ def _write(
     write_split(directory, records.name, split, records.schema, _Copied(records, own), -(-len(own) // per_shard))
     for split, own in splits.items()
   ]
-  _write_csv(directory / "rejected.csv", ("file", "row", "reason"), rejected)
+  write_csv(directory / "rejected.csv", ("file", "row", "reason"), rejected)
   if attribution:
     own = dict(zip((row["key"] for row in rows), assigned))
     lines = ({**line, "split": own[line["key"]]} for line in attribution)
-    _write_csv(directory / "attribution.csv", list(attribution[0]), lines)
+    write_csv(directory / "attribution.csv", list(attribution[0]), lines)
   card.write_card(
     directory,
     name=records.name,
@@ -218,13 +218,6 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
     return []
   with open(path, newline="", encoding="utf-8") as file:
     return list(csv.DictReader(file))
-
-
-def _write_csv(path: Path, columns: Sequence[str], lines) -> None:
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
 
 
 def _report(out: Path, holdout: Mapping[str, Any]) -> None:
