@@ -1,7 +1,9 @@
 """Finds attribute levels that a clinical text names: "72 year old", "woman", "group D".
 
 A held-out cell is unseen only if neither the attributes nor the words of training name it. Words are found by regular
-expressions, which know no context ("his wife" names a woman): they err on the side of finding too much.
+expressions, which know no context ("his wife" names a woman): they err on the side of finding too much. Values that are
+ordinary words of any report ("no other finding", "white lung") count only where a person, an age or the name of the
+attribute stands beside them.
 """
 
 import json
@@ -23,6 +25,8 @@ NUMBER = "number"
 _OF_SEX = (scrub.PERSONS, scrub.PRONOUNS, scrub.RELATIVES, scrub.TITLES, scrub.ORGANS)
 _SYNONYMS = {**{sex: "|".join(words[sex] for words in _OF_SEX) for sex in scrub.PERSONS}, **scrub.RACES}
 _SEX_LETTERS = {"f": "female", "m": "male"}
+_ORDINARY = frozenset({"white", "black", "other", "mixed", "multiple"})
+_ALSO_CALLED = dict.fromkeys(("race", "ethnicity"), "race|ethnicity")
 _WORDS = {
   **{word: i for i, word in enumerate((*scrub.DIGITS, *scrub.TEENS), start=1)},
   **{word: 10 * i for i, word in enumerate(scrub.TENS, start=2)},
@@ -33,7 +37,8 @@ _SPELLED = rf"\b({scrub.SPELLED})"
 _DECADE = re.compile(
   rf"\bin\s+(?:his|her|their|the)\s+(?:early\s+|mid[\s-]+|late\s+)?(\d0'?s|{'|'.join(_DECADES)})\b", re.IGNORECASE
 )
-_OLD = r"[\s-]*(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"  # 72 year old, 72-year-old, 72 years of age, 72 y/o, 72yo
+_YEARS_OLD = r"(?:years?|yrs?|y)[\s./-]*(?:old|of age|o)\b"
+_OLD = rf"[\s-]*{_YEARS_OLD}"  # 72 year old, 72-year-old, 72 years of age, 72 y/o, 72yo
 _WHOLE = r"(?<!\w)(?<!\d[.,])(\d{1,3})"  # not the end of another number
 _INFANT = r"[\s-]*(?P<unit>month|week|day)[\s-]old\b"  # not "3 weeks old": so may a fracture be
 _YEARS_IN = {"month": 12, "week": 365.25 / 7, "day": 365.25}
@@ -44,7 +49,7 @@ _AGES = (
   _SPELLED + _INFANT,
   r"\baged?[\s:=]+(?:of\s+)?(\d{1,3}(?:\.\d+)?)(?!\.?\d)(?:[\s-]*(?P<unit>month|week|day)s?\b)?",
   rf"\baged?[\s:=]+(?:of\s+)?{_SPELLED}\b",
-  rf"\b(?:{'|'.join(scrub.PERSONS.values())})(?={scrub.AGE_BEHIND}),?\s+(\d{{2,3}})",
+  rf"\b(?:{scrub.SEXES})(?={scrub.AGE_BEHIND}),?\s+(\d{{2,3}})",
   rf"{_WHOLE}\s?/?\s?(?-i:[MF]){scrub.LETTER_END}",
   rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*(?-i:[MF]){scrub.LETTER_END}",
   r"\b(?-i:[MF])\s?/\s?(\d{1,3})\b",
@@ -59,10 +64,21 @@ def _letter_forms(letter: str) -> list[str]:
     rf"{_WHOLE}\s?/?\s?{capital}{end}",  # 72F, 72/F
     rf"\b{capital}\s?/\s?\d{{1,3}}\b",
     rf"{scrub.BLANKED}{capital}{end}",
-    rf"(?<![a-z]){_OLD}[\s.,/-]*{letter}{end}",  # 72 yo F
+    rf"(?<![a-z]){_YEARS_OLD}[\s.,/-]*{letter}{end}",  # 72 yo F
     rf"{_WHOLE}\s?y(?:ea)?r?s?[\s-]*{capital}{end}",
     rf"\b(?:patient|pt)\.?[\s,]+{capital}{end}",
     rf"\b(?:sex|gender)[\s:=-]+{letter}\b",
+  ]
+
+
+def _ordinary_forms(word: str, names: str) -> list[str]:
+  """Expressions of a value that is an ordinary word; `names` are those of its attribute, as a regular expression."""
+  return [
+    rf"(?<!\w){word}[\s-]+(?:{names})s?\b",
+    rf"\b(?:{names})[\s:=-]+{word}(?!\w)",
+    rf"(?<!\w){word},\s+(?:{scrub.SEXES})\b",
+    # 54 year old other male; 60 M/white.
+    rf"(?:(?<![a-z]){_YEARS_OLD},?\s+|\b(?-i:[MF])\s?/\s?){word}(?=,?\s+(?:{scrub.SEXES}|with)\b|\s*(?:[.,;)]|$))",
   ]
 
 
@@ -75,9 +91,13 @@ def _default_patterns(attribute: Attribute) -> dict[str, list[str]]:
   for value in attribute.values:
     word = re.escape(value.lower())
     meant = _SEX_LETTERS.get(word, value.lower())
-    # One or two letters are words of their own in any text ("A small effusion"): the attribute must be named too.
-    short = len(value) < 3
-    forms = [rf"\b{re.escape(attribute.name.lower())}[\s:=-]+{word}(?!\w)" if short else rf"(?<!\w){word}s?(?!\w)"]
+    name = attribute.name.lower()
+    if meant in _ORDINARY:
+      forms = _ordinary_forms(word, _ALSO_CALLED.get(name, name))
+    elif len(value) < 3:  # words of their own in any text ("A small effusion"): the attribute must be named too
+      forms = [rf"\b{name}[\s:=-]+{word}(?!\w)"]
+    else:
+      forms = [rf"(?<!\w){word}s?(?!\w)"]
     forms += [rf"\b(?:{_SYNONYMS[meant]})\b"] if meant in _SYNONYMS else []
     forms += [form for letter, sex in _SEX_LETTERS.items() if sex == meant for form in _letter_forms(letter)]
     patterns[value] = forms

@@ -13,8 +13,9 @@ from compdiff_jax.cli import InputError
 
 Rules = Sequence[tuple[str, str]]
 
-# Words that name a level of sex or race wherever they stand; data_prep/leaks.py looks for the same.
+# Words that name a level of sex; data_prep/leaks.py looks for the same.
 PERSONS = {"male": r"males?|m[ae]n|gentlem[ae]n|boys?", "female": r"females?|wom[ae]n|lad(?:y|ies)|girls?"}
+SEXES = "|".join(PERSONS.values())
 PRONOUNS = {"male": r"he|him|his|himself", "female": r"she|hers?|herself"}
 RELATIVES = {
   "male": r"husbands?|fathers?|brothers?|sons?",
@@ -24,10 +25,6 @@ TITLES = {"male": r"(?-i:Mr)", "female": r"(?-i:[Mm]rs|Ms|Miss(?=\s[A-Z]))"}  # 
 ORGANS = {
   "male": r"prostat(?:e|ic|ectomy)",
   "female": r"uter(?:us|ine)|hysterectomy|ovar(?:y|ies|ian)|pregnan(?:t|cy|cies)",
-}
-RACES = {
-  **{"white": r"caucasians?", "black": r"african[-\s]americans?", "asian": r"asians?"},
-  "hispanic": r"hispanics?|latin[oa]s?",
 }
 DIGITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEENS = ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -61,8 +58,18 @@ AGE_BEHIND = r",?\s+(?:1\d|[1-9])\d(?=\s*(?:[.,;:)](?!\d)|$))"  # "Female, 72." 
 # Behind "___", what is left of an age or a name: "___F" is a woman, "___ F" too, but "___ F. Smith" has an initial.
 BLANKED = r"\b_{2,}(?!\s(?-i:[MF]\.\s*[A-Z]))\s?"
 
-_SEXES = "|".join(PERSONS.values())
-_PERSON = rf"(?:patients?|{_SEXES})"
+_PERSON = rf"(?:patients?|{SEXES})"
+# White and black alone are colours of findings ("white-out", "black blood"): a person or an age must stand behind them.
+_OF_PERSON = (
+  rf"(?=(?:,?\s+|\s?/\s?)(?:(?:{SEXES})\b|{_NUMBER}{_OLD})|\s+patients?\b|(?:\s+|\s?/\s?)(?-i:[MF]){LETTER_END})"
+)
+# Words that name a level of race; data_prep/leaks.py looks for the same.
+RACES = {
+  "white": rf"caucasians?|whites(?!\s+of\s+the\s+eyes?\b)|white{_OF_PERSON}",
+  "black": rf"african[-\s]americans?|blacks(?!\s+out\b)|black{_OF_PERSON}",
+  "asian": r"asians?",
+  "hispanic": r"hispanics?|latin[oa]s?",
+}
 # "SMITH, JOHN" at the start of a line or behind "patient", in a text that is not all capitals; no heading ("HEART,
 # LUNGS: clear") and no abbreviations. Elsewhere capitals stress a finding.
 _CAPITALS_NAME = (
@@ -136,6 +143,7 @@ DEMOGRAPHICS = (
     r"|caucasian))?",
     "",
   ),
+  (rf"\b(?:an? )?(?:{'|'.join(RACES.values())})(?!\w)", ""),  # before the sexes and ages that colours are told by
   (rf"\baged?[\s:=]*(?:of )?{_NUMBER}(?:{_OLD}|{_YEARS}\b|{_MONTHS})?(?!\w){_SEX}", ""),
   (r"\bage\s*[:=]\s*(?:n/a|not?[ \t]+\w+|un\w+)", ""),
   (rf"\b(?:an? |the )?{_NUMBER}(?:{_OLD}{_SEX}|{_INFANT}|{_YEARS}[-\s]*(?-i:[MF]){LETTER_END})", "patient"),
@@ -148,9 +156,7 @@ DEMOGRAPHICS = (
   (r"\b(?:an? )?(?:middle[-\s]aged?|retirement[-\s]aged|elderly|young|adult|aged|infant|child|teenager?)\b", ""),
   # "old" alone is a finding: an old fracture.
   (rf"\b(?:an? )?old(?=\s+{_PERSON}\b)", ""),
-  # White and black alone are colours of findings.
-  (rf"\b(?:an? )?(?:{'|'.join(RACES.values())}|(?:white|black)(?=\s+{_PERSON}\b))(?!\w)", ""),
-  (rf"\b(?:an? )?(?:{_SEXES})\b", "patient"),
+  (rf"\b(?:an? )?(?:{SEXES})\b", "patient"),
   (
     rf"\b(?:{'|'.join(RELATIVES.values())}|spouse|(?:{'|'.join(TITLES.values())})\.?|(?-i:mr|MRS|ms)\.)(?!\w)",
     "relative",

@@ -105,6 +105,8 @@ def test_impression(report, expected):
     ("Procedure name: Chest PA and lateral.", None),
     ("Referring MD name: John Smith. Effusion Name: Ann Lee", "Referring MD. Effusion"),
     ("60 M/white. 72/F/Black woman", "/white. / patient"),
+    ("A white 60-year-old woman, 72 yo white F, Black, Female, 61 years old, whites. Clear", "Patient, Clear"),
+    ("White-out; white lung, patient rotated. Whites of the eyes. Black blood, white matter.", None),
     ("Correlate with MR. No effusion.", None),
     ("MS. Chronic changes.", None),
     ("Portable DR. No effusion.", None),
