@@ -170,7 +170,7 @@ def write_dataset(
     command: the command line, for the card; see `command_line`.
     encode: makes the encoded image of `row["image"]`, or raises `RowError`. The default takes finished bytes.
     held_out: cells that must not occur in train and val. A patient with any image in such a cell goes to test, also
-      where only text and attributes together say so. Texts that name a level of a cell are counted and listed.
+      where the text says so of an unknown attribute. Texts that name a level of a cell are counted and listed.
     max_rejected: largest accepted share of rejected rows.
     fractions: expected shares of patients in train, val and test.
     salt: salt of the patient hash. The default depends on `name` only and is therefore public: whoever can list the

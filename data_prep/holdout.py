@@ -1,7 +1,7 @@
 """Removes cells from the training of a finished data set, and proves that they are gone: `python -m data_prep.holdout`.
 
-Patients with an image in a removed cell go to test. So do those whose text, together with their attributes, places an
-image there ("72 year old woman" where the table does not know the sex). Beside the data set this writes
+Patients with an image in a removed cell go to test. So do those whose text places an image there by an attribute that
+the table does not know ("72 year old woman" without a sex); a known one decides alone. Beside the data set this writes
 
   holdout.json          cells, status (pair-seen: each pair of the cell's levels remains in training), counts, proof
   holdout_images.csv    the evaluation list: every test image of a removed cell
@@ -223,9 +223,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 def _report(out: Path, holdout: Mapping[str, Any]) -> None:
   for line in report_lines(holdout):
     print(line)
-  moved, proof = holdout["moved_to_test"], holdout["proof"]
-  by_text = holdout["text"]["moved_by_text"]
-  print(f"  moved to test: {moved['images']} images of {moved['patients']} patients, {by_text} by text")
+  proof = holdout["proof"]
   print(f"  {proof['images_checked']} training and validation images checked: none in these cells or of their patients")
   print(f"  evaluation list: {out / 'holdout_images.csv'}")
 

@@ -79,12 +79,14 @@ def hold_out(
 
 
 def report_lines(holdout: Mapping[str, Any]) -> Iterator[str]:
-  """What the terminal shows of a finished holdout.json: cells, what may still be in training, and texts."""
+  """What the terminal shows of a finished holdout.json: cells, what may still be in training, what moved, and texts."""
   for cell in holdout["cells"]:
     yield f"  held out {cell}: {holdout['images'][cell]} images, {holdout['status'][cell]}"
     if maybe := holdout["maybe_in_train"][cell]:
       yield f"    {maybe} training images may belong to it: an attribute of theirs is unknown"
-  text, test = holdout["text"], holdout["text"]["test"]
+  text, test, moved = holdout["text"], holdout["text"]["test"], holdout["moved_to_test"]
+  by_text = f"{text['moved_by_text']} images by their text"
+  yield f"  moved to test: {moved['images']} images of {moved['patients']} patients, {by_text}"
   yield f"  {text['texts_scanned']} training and validation texts scanned: {text['status']}"
   if text["texts_naming_a_level"] or test["texts_naming_a_level"]:
     yield (

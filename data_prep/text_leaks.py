@@ -1,14 +1,16 @@
 """What texts tell of held-out cells: which records they put into one, and which of them name a level of one.
 
+Where the table knows a value, no word moves the record: "woman" in the text of a man may be about somebody else. The
+text is still found and reported, as a model that reads it learns the word.
+
 `named` is what data_prep/leaks.py finds in the text of each row: {key: {attribute: {level: words}}}.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from compdiff_jax.conditioning.schema import Cell, Schema
+from data_prep.holdouts import attribute_columns
 
 COLUMNS = ("key", "split", "cell", "attribute", "level", "words")
 
@@ -17,19 +19,22 @@ Named = Mapping[str, Mapping[str, Mapping[int, str]]]
 
 
 def placed(rows: Rows, assigned: Sequence[str], named: Named, cells: Sequence[Cell], schema: Schema) -> list[bool]:
-  """Which records of train and val lie in a cell by text and attributes together, but not by attributes alone."""
-  return [
-    split != "test" and _is_placed(row, named.get(row["key"], {}), cells, schema) for row, split in zip(rows, assigned)
-  ]
+  """Which records of train and val their text puts into a cell, where it names what the attributes leave unknown."""
+  if not cells:
+    return [False] * len(rows)
+  columns = attribute_columns(rows, schema.grouping)
+  levels = {a.name: a.levels(columns[a.name]).tolist() for a in schema.grouping}
 
+  def is_placed(i: int) -> bool:
+    words = named.get(rows[i]["key"], {})
+    unknown = {name for name, own in levels.items() if own[i] < 0 and name in words}
+    return bool(unknown) and any(
+      not unknown.isdisjoint(cell)
+      and all(level in words[name] if name in unknown else level == levels[name][i] for name, level in cell.items())
+      for cell in cells
+    )
 
-def _is_placed(row: Mapping[str, Any], named: Mapping, cells: Sequence[Cell], schema: Schema) -> bool:
-  own = {a.name: int(a.levels(np.asarray(row["attributes"][a.name])[None])[0]) for a in schema.grouping}
-
-  def joined(cell: Cell) -> bool:
-    return all(own[name] == level or level in named.get(name, ()) for name, level in cell.items())
-
-  return any(joined(cell) and any(own[name] != level for name, level in cell.items()) for cell in cells)
+  return [split != "test" and is_placed(i) for i, split in enumerate(assigned)]
 
 
 def find(

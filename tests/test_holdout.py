@@ -11,7 +11,7 @@ from test_dataset import SCHEMA, examples, records, write
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.data.records import RecordSet
-from data_prep import holdout, verify
+from data_prep import holdout, text_leaks, verify
 from data_prep.leaks import Scanner, read_patterns
 
 _LICENCE = "Use for research only; see https://example.org/terms."
@@ -143,12 +143,16 @@ def test_words_that_name_a_level(text, named):
   assert {name: set(levels) for name, levels in Scanner(SCHEMA)(text).items()} == named
 
 
-def _with_texts(texts, tmp_path, attributes=None):
+def _items(texts, attributes=None):
   """500 records without words; {index: text} replaces some texts, and `attributes` their attributes."""
   items = [{**item, "text": texts.get(i, "No effusion.")} for i, item in enumerate(examples(500, images_per_patient=1))]
   for i in texts:
     items[i]["attributes"] = attributes or items[i]["attributes"]
-  write(tmp_path / "source", items)
+  return items
+
+
+def _with_texts(texts, tmp_path, attributes=None):
+  write(tmp_path / "source", _items(texts, attributes))
   return tmp_path / "source"
 
 
@@ -162,9 +166,7 @@ def test_text_that_completes_a_cell_moves_its_patient(tmp_path, capsys):
   moved = sum(r["key"] in keys for split in ("train", "val") for r in before[split])
   found = _run(source, tmp_path / "out", "--cells", _CELL)
   # A builder's own --holdout does the same.
-  items = [{**item, "text": texts.get(i, "No effusion.")} for i, item in enumerate(examples(500, images_per_patient=1))]
-  for i in texts:
-    items[i]["attributes"] = {"age": 50.0, "sex": -1, "group": 1}
+  items = _items(texts, {"age": 50.0, "sex": -1, "group": 1})
   write(tmp_path / "built", items, held_out=[SCHEMA.parse_cell(_CELL)])
   built = json.loads((tmp_path / "built" / "holdout.json").read_text())
   assert built == {name: value for name, value in found.items() if name != "proof"}
@@ -181,10 +183,36 @@ def test_text_that_completes_a_cell_moves_its_patient(tmp_path, capsys):
   assert test == {"status": "leaks: sex", "texts_scanned": len(after["test"]), "texts_naming_a_level": moved + tested}
   lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
   assert lines.count(f"{len(after['train']) + len(after['val'])} training and validation texts scanned: no leak") == 2
+  counts = found["moved_to_test"]
+  images = f"{counts['images']} images of {counts['patients']} patients, {moved} images by their text"
+  assert lines.count(f"moved to test: {images}") == 2
   assert sum(line.startswith(f"0 of them and {len(keys)} of {len(after['test'])} test texts") for line in lines) == 2
   # Those of unknown sex, aged 40 to 60, of group B, whose text says nothing.
   maybe = sum(40 <= a["age"] < 60 and a["sex"] < 0 and a["group"] for a in (r["attributes"] for r in after["train"]))
   assert lines.count(f"{maybe} training images may belong to it: an attribute of theirs is unknown") == 2 and maybe
+
+
+def test_text_against_the_table_moves_nobody_and_is_reported(tmp_path, capsys):
+  """Men of the table, 40 to 60, of group B, whose texts say otherwise of the sex."""
+  texts = {i: "A 50 year old woman." for i in range(40)}
+  attributes = {"age": 50.0, "sex": 0, "group": 1}
+  source = _with_texts(texts, tmp_path, attributes)
+  write(tmp_path / "built", _items(texts, attributes), held_out=[SCHEMA.parse_cell(_CELL)])
+  before, after = records(source), records(tmp_path / "built")
+  keys = {f"k{i}" for i in texts}
+  training = {r["key"] for split in ("train", "val") for r in before[split]} & keys
+  assert training and training == {r["key"] for split in ("train", "val") for r in after[split]} & keys
+  leaks = _read_csv(tmp_path / "built" / "holdout_leaks.csv")
+  assert {line["key"] for line in leaks if line["level"] == "female" and line["split"] != "test"} == training
+  text = json.loads((tmp_path / "built" / "holdout.json").read_text())["text"]
+  assert text["moved_by_text"] == 0 and text["status"] == "leaks: age, sex"
+  assert "patients, 0 images by their text" in capsys.readouterr().out
+  with pytest.raises(InputError, match=f"{len(training)} training and validation texts name a level"):
+    holdout.main(["--data", str(source), "--out", str(tmp_path / "out"), "--cells", _CELL])
+
+
+def test_texts_are_not_read_without_a_holdout():
+  assert text_leaks.placed([None] * 3, ["train"] * 3, {}, (), SCHEMA) == [False] * 3
 
 
 def test_text_that_names_a_level_is_an_error_that_lists_it(tmp_path):
@@ -235,6 +263,58 @@ def test_race_and_short_sex_names():
   scanner = Scanner(schema)
   for text, race in (("African American woman", 1), ("African-Americans", 1), ("Latinas: she", 2), ("Whites", 0)):
     assert {n: set(levels) for n, levels in scanner(f"{text} (her)").items()} == {"sex": {1}, "race": {race}}
+
+
+_RACES = Attribute("race", "categorical", values=("white", "black", "asian", "other"))
+
+
+@pytest.mark.parametrize(
+  ("text", "named"),
+  [
+    ("No other acute finding. Others unchanged, another.", set()),
+    ("White-out of the left lung, black blood, white matter. Lungs white, patient rotated.", set()),
+    ("72 year old. White matter disease. 60F, white matter. Whites of the eyes. He blacks out.", set()),
+    ("54 year old White. Effusion.", {"white"}),
+    ("54 year old other male. Effusion.", {"other"}),
+    ("A white 60-year-old woman", {"white"}),
+    ("white patient", {"white"}),
+    ("72 yo Black F with cough", {"black"}),
+    ("60 M/white. 72/F/Black woman", {"white", "black"}),
+    ("an image of a Black, Female, 61 years old patient", {"black"}),
+    ("an image of a Other, Female, 61 years old patient", {"other"}),
+    ("White, 61 years old", {"white"}),
+    ("Race: other", {"other"}),
+    ("race/ethnicity: White", {"white"}),
+    ("Other races; white race", {"other", "white"}),
+    ("Asian", {"asian"}),
+  ],
+)
+def test_races_that_are_ordinary_words(text, named):
+  found = Scanner(Schema((_RACES,)))(text).get("race", {})
+  assert {_RACES.values[level] for level in found} == named
+
+
+@pytest.mark.parametrize(
+  ("race", "text"),
+  [
+    ("other", "No other acute finding, others unchanged."),
+    ("white", "White-out of a lung."),
+    ("black", "Black blood."),
+  ],
+)
+def test_ordinary_words_move_nobody_and_stop_no_holdout(tmp_path, race, text):
+  schema = Schema((SCHEMA["sex"], _RACES))
+  items = [
+    {**item, "text": text, "attributes": {"sex": i % 2, "race": (-1, 0, 1, 2, 3)[i % 5]}}
+    for i, item in enumerate(examples(300, images_per_patient=1))
+  ]
+  cell = f"sex=female,race={race}"
+  write(tmp_path / "source", items, schema=schema)
+  write(tmp_path / "built", items, schema=schema, held_out=[schema.parse_cell(cell)])
+  found = _run(tmp_path / "source", tmp_path / "out", "--cells", cell)
+  for description in (found, json.loads((tmp_path / "built" / "holdout.json").read_text())):
+    assert description["text"]["status"] == "no leak" and description["text"]["moved_by_text"] == 0
+    assert not any(description["cost"].values())
 
 
 @pytest.mark.parametrize(
