@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LIBTPU := build/libtpu
+LIBTPU_VERSION := 0.0.42
+LIBTPU_INSTALLED := $(LIBTPU)/.installed-$(LIBTPU_VERSION)
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-tpu test-beam test-slurm lint parity parity-full pods clean
@@ -13,16 +15,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-# Compiling for TPUs, which needs none of them. The compiler is there for this platform alone; make test takes the kernel
-# and one program.
-TPU_TESTS := tests/test_device_compilers.py
-test-tpu: $(VENV)/.test-installed $(LIBTPU)/.installed
-	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 $(TPU_TESTS)
 ifeq ($(shell uname -sm),Linux x86_64)
-test: TPU_TESTS += -k "two or kernel or layout"
-test: test-tpu
+	$(MAKE) test-tpu TPU_TESTS='$(TPU_TESTS) -k "two or kernel or layout"'
 endif
+
+# Compiling for TPUs, which needs none of them. The compiler is there for Linux on x86 alone; make test takes the kernel and
+# one program.
+TPU_TESTS := tests/test_device_compilers.py
+test-tpu: $(VENV)/.test-installed $(LIBTPU_INSTALLED)
+	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 $(TPU_TESTS)
 
 # Apache Beam needs older packages than the rest: writing data sets with it is tested in an environment of its own.
 test-beam: $(VENV)-beam/.installed
@@ -42,8 +43,8 @@ parity: $(VENV)/.test-installed
 parity-full: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.parity_full
 
-# docs/pods.md: the chest config compiled for TPU slices, each 10 to 20 minutes of two cores; goes on where it was stopped.
-pods: $(VENV)/.test-installed $(LIBTPU)/.installed
+# docs/pods.md: the chest config compiled for TPU slices, each 14 to 30 minutes of two cores; goes on where it was stopped.
+pods: $(VENV)/.test-installed $(LIBTPU_INSTALLED)
 	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m benchmarks.pods
 
 lint: $(VENV)/.test-installed
@@ -61,8 +62,8 @@ $(VENV)/.test-installed: $(VENV)/.installed requirements-test.txt
 	touch $@
 
 # The TPU compiler stays out of the environment: with it, JAX would look for a TPU.
-$(LIBTPU)/.installed: | $(VENV)/.installed
-	$(BIN)/pip install --quiet --upgrade --no-deps --target $(LIBTPU) libtpu==0.0.42
+$(LIBTPU_INSTALLED): | $(VENV)/.installed
+	$(BIN)/pip install --quiet --upgrade --no-deps --target $(LIBTPU) libtpu==$(LIBTPU_VERSION)
 	touch $@
 
 $(VENV)-beam/.installed: requirements.txt requirements-beam.txt pyproject.toml

@@ -1,7 +1,7 @@
 """`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
 
 Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
-again, so the command resumes. A compile takes 8 to 25 minutes of two cores and up to 14 GB. Needs the `libtpu` wheel.
+again, so the command resumes. A compile takes 14 to 30 minutes of two cores and up to 14 GB. Needs the `libtpu` wheel.
 `--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.tables import machine, table
-from compdiff_jax.ahead_of_time.chips import CHIPS, is_torus
+from compdiff_jax.ahead_of_time.chips import CHIPS
+from compdiff_jax.ahead_of_time.topologies import is_torus
 
 CONFIG = "configs/chest/compdiff.py"
 PAGE, REPORTS = Path("docs/pods.md"), Path("docs/pods")
@@ -55,8 +56,9 @@ Diffusion 2.1-base where they are missing.
 - The programs for v5p have the compiler option that the training step asks for there (`compiler_options` in
   `ahead_of_time/chips.py`); without it v5p-8 took 239 GB and 0.168 s.
 - *Idle* is the autoencoder. A run keeps it on every device for its samples, while a step on moments does not read it.
-  The compiler does not see it; it is in the peak, also in those of the reports until 2026-11-27, to which it was added.
-- Those reports are of four bins of age; the five of today make the joint head 4,104 parameters larger.
+  The compiler does not see it; it is in the peak.
+- The reports of one slice are of four bins of age instead of five, with 4,104 parameters less in the joint head, and
+  *idle* was added to them afterwards.
 - A v5e with 16 GB keeps parameters, two moments and the average (13.9 GB in float32) on eight chips together.
 
 Compiling takes long; `JAX_OPTIMIZATION_LEVEL=O1` and `JAX_MEMORY_FITTING_LEVEL=O0` (options of JAX, O0 to O3) ask the

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import optax
 
 from compdiff_jax import sharding
-from compdiff_jax.ahead_of_time.chips import chip, compiler_options, topology_devices
+from compdiff_jax.ahead_of_time.chips import chip, compiler_options
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program
 from compdiff_jax.ahead_of_time.report import memory, work
+from compdiff_jax.ahead_of_time.topologies import topology_devices
 from compdiff_jax.models import Functional, UNet2DCondition, UNetConfig
 from compdiff_jax.models.attention import FeedForward, Transformer2D, attention
 from compdiff_jax.models.attention_backends import BACKENDS

@@ -130,6 +130,8 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:
       raise
     except Exception as error:  # tensorstore, JSON and key errors: whichever file was damaged decides the type
+      if isinstance(error, TimeoutError) and error.errno is None:
+        raise  # Orbax waited in vain for the other processes
       if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
         raise RunError(f"checkpoint {self._directory / str(step)} cannot be read: {error.strerror or error}") from None
       reason = " ".join(str(error).split())[:300]

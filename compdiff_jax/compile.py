@@ -18,8 +18,9 @@ import ml_collections
 
 from compdiff_jax import cli
 from compdiff_jax.ahead_of_time import stand_ins, suggest
-from compdiff_jax.ahead_of_time.chips import topology_devices, usable_memory
+from compdiff_jax.ahead_of_time.chips import usable_memory
 from compdiff_jax.ahead_of_time.report import report
+from compdiff_jax.ahead_of_time.topologies import topology_devices
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.config import load_config
 from compdiff_jax.workdir import open_run
@@ -99,7 +100,7 @@ def _complete(
   config: ml_collections.ConfigDict, schema_file: Path | None, directory: Path
 ) -> tuple[ml_collections.ConfigDict, Schema, list[str]]:
   """Config and schema with stand-ins, kept in `directory`, for what does not exist, and a sentence for each."""
-  schema, missing = (Schema.load(schema_file), []) if schema_file else stand_ins.schema_of(config.data.path)
+  schema, missing = (Schema.load(schema_file), []) if schema_file else stand_ins.schema_of(config)
   if config.init:
     config = open_run(config.init).start(config, schema)
   config, networks = stand_ins.with_networks(config, directory)

@@ -70,10 +70,8 @@ def session(args: argparse.Namespace) -> Iterator[None]:
   _wait_seconds = args.process_timeout
   try:
     yield
-  except (InputError, RunError, OSError):  # whatever their texts say
-    raise
   except Exception as error:
-    if _several() and any(word in str(error) for word in _LOST):
+    if _several() and _is_loss(error):
       reason = " ".join(str(error).split())[:200]
       raise LostError(
         f"process {jax.process_index()} of {jax.process_count()} lost another one, whose log may say why ({reason});"
@@ -84,6 +82,15 @@ def session(args: argparse.Namespace) -> Iterator[None]:
     # Whoever is still writing is waited for; afterwards the service can go without anyone taking it for a failure.
     barrier("end")
     jax.distributed.shutdown()
+
+
+def _is_loss(error: Exception) -> bool:
+  """Whether an error means that another process is gone: of a collective, or of Orbax, which waited for all of them."""
+  if isinstance(error, (InputError, RunError)):  # whatever their texts say
+    return False
+  if isinstance(error, OSError):  # as of a file; Orbax's own time-outs are without a number
+    return isinstance(error, TimeoutError) and error.errno is None
+  return any(word in str(error) for word in _LOST)
 
 
 def barrier(name: str, seconds: float | None = None) -> None:

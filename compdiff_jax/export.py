@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
   parser.add_argument("--lora", action="store_true", help="only the LoRA of the UNet, for pipe.load_lora_weights(DIR)")
   args = parser.parse_args(argv)
 
+  if args.lora and args.report:
+    raise InputError("--lora writes no model card, which --report is for; leave one of them out")
   max_bytes = parse_size(args.max_shard_size) if args.max_shard_size else None
   figures, sampling = _read_report(args.report) if args.report else ({}, {})
   run = open_run(args.workdir)

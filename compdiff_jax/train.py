@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from compdiff_jax import cli, distributed, sharding
 from compdiff_jax.ahead_of_time.chips import chip
-from compdiff_jax.ahead_of_time.program import TrainingStep, model_flops
+from compdiff_jax.ahead_of_time.program import TrainingProgram, model_flops
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.config import load_config, to_plain
 from compdiff_jax.data.identity import data_identity
@@ -34,13 +33,12 @@ from compdiff_jax.training.checks import (
   out_of_memory_advice,
   warn_of_empty_levels,
 )
-from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.health import Heartbeat, Preemption
-from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from compdiff_jax.training.optimizer import learning_rate_schedule
 from compdiff_jax.training.overview import print_overview
 from compdiff_jax.training.speed import Profile, StepClock, describe, parse_profile
 from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import jit_train_step, make_train_step
+from compdiff_jax.training.step import TrainingStep
 from compdiff_jax.workdir import claim, content_hash, open_run
 
 
@@ -88,18 +86,13 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
   guidance = parse_guidance(config.sample.guidance, config.sample.guidance_parts, config.sample.null, model)
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
-  optimizer = make_optimizer(config.train)
-  fairness = make_fairness(config, schema)
-  step_fn = make_train_step(model, config, optimizer, jnp.asarray(tokenizer.empty_ids), fairness)
+  training = TrainingStep(model, config, tokenizer.empty_ids)
   inputs = "images" if sets[0][0].latents is None else "moments"
   if config.logging.keep_best:
-    check_metric(config.logging.keep_best, TrainingStep(config, schema, inputs).metrics())
-  create = lambda params: TrainState.create(params, optimizer, fairness and fairness.create())  # noqa: E731
-  shapes = {name: model.component(name).shapes for name in model.trained}
-  abstract = jax.eval_shape(create, shapes)
-  shardings = sharding.tree_shardings(abstract, config.sharding_rules, mesh)
+    check_metric(config.logging.keep_best, TrainingProgram(config, schema, inputs).metrics())
+  shardings = training.shardings(mesh)
   if distributed.is_writer():
-    print_overview(abstract, shardings, mesh, every_parameter=args.dry_run)
+    print_overview(training.state_shapes, shardings, mesh, every_parameter=args.dry_run)
   if args.dry_run:
     print(json.dumps(to_plain(config), indent=2))
     return True
@@ -122,7 +115,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
   with out_of_memory_advice(config, "the training state"):
     frozen = sharding.place(frozen, sharding.replicated(mesh))
     if start is not None:
-      target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+      target = jax.tree.map(lambda x, s: x.update(sharding=s), training.state_shapes, shardings)
       state = TrainState.from_parts(checkpoints.restore(target.parts(), start)[1])
     else:
       start = 0
@@ -130,7 +123,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
       key = jax.random.fold_in(jax.random.key(config.seed), streams.INITIAL)
       params = model.initial_params(key, config.weights, given)
       params = sharding.place(params, shardings.params)
-      state = jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
+      state = jax.jit(training.create, out_shardings=shardings, donate_argnums=0)(params)
       del given, params  # the devices would keep a second copy as long as the run lasts
 
   # ---- Batches from this step on, and the compiled step
@@ -154,7 +147,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
     workers=config.data.workers,
   )
   batches = device_batches(batches, placement, config.train.batch_size)
-  step_fn = jit_train_step(step_fn, shardings, mesh)
+  step_fn = training.jit(mesh)
   learning_rate = learning_rate_schedule(config.train)
   generate = make_generate(
     model,
@@ -200,8 +193,8 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
       with out_of_memory_advice(config), jax.profiler.StepTraceAnnotation("train", step_num=step):
         state, metrics = step_fn(state, frozen, batch, config.seed)
         clock.started(metrics)
-      if fairness is not None and fairness.due(step - 1):
-        state = state._replace(fairness=fairness.search(state.fairness, config.seed, step - 1))
+      if training.fairness is not None and training.fairness.due(step - 1):
+        state = state._replace(fairness=training.fairness.search(state.fairness, config.seed, step - 1))
       pending.append(metrics)
       report = step % config.logging.log_every == 0 or step == final
       ending = step == final or preemption.reached()
@@ -230,7 +223,7 @@ def train(config: ml_collections.ConfigDict, args: argparse.Namespace, preemptio
           checkpoints.wait()  # a sampler that fails must not take this step's checkpoint with it
           text, negative = config.sample.text, config.sample.negative
           picture = sample_grid(
-            functools.partial(generate, model.assemble({**frozen, **state.ema})),  # no name: it goes with the picture
+            functools.partial(generate, model.assemble({**frozen, **state.ema})),  # freed with the picture
             schema,
             text,
             config.seed,

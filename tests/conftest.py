@@ -6,6 +6,7 @@ session: the tests that start the command line in new processes compile the same
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,10 +15,10 @@ from pathlib import Path
 import pytest
 
 # Compiling is most of what the tests do, and tiny programs gain nothing from optimisation.
-_FAST_COMPILE = "--xla_backend_optimization_level=0"
+FAST_COMPILE = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-  _FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later releases end the process over a flag they do not know
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {_FAST_COMPILE}"
+  FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later releases end the process over a flag they do not know
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="compdiff_compile_cache_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILE_CACHE.name
@@ -67,13 +68,54 @@ def command():
     return subprocess.Popen(
       [sys.executable, "-m", module, *map(str, args)],
       cwd=REPOSITORY,
-      env={**os.environ, "XLA_FLAGS": _FAST_COMPILE},
+      env={**os.environ, "XLA_FLAGS": FAST_COMPILE},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
 
   return start
+
+
+@pytest.fixture
+def start():
+  """Starts a command as local_processes.py says, with more environment variables; the test's end kills what is left."""
+  from local_processes import environment
+
+  started = []
+
+  def call(command, **variables):
+    process = subprocess.Popen(
+      [*map(str, command)],
+      cwd=REPOSITORY,
+      env={**environment(), **variables},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    started.append(process)
+    return process
+
+  yield call
+  for process in started:
+    if process.poll() is None:
+      process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def disc_sets(tmp_path_factory) -> tuple[Path, Path]:
+  """The data set and the samples of discs.py."""
+  import discs
+
+  root = tmp_path_factory.mktemp("discs")
+  return discs.write_real(root / "real"), discs.write_synthetic(root / "synthetic")
+
+
+@pytest.fixture
+def synthetic(disc_sets, tmp_path) -> Path:
+  """A copy of the samples of discs.py that a test may damage."""
+  return shutil.copytree(disc_sets[1], tmp_path / "synthetic")
 
 
 @pytest.fixture(scope="session")

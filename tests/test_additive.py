@@ -153,6 +153,17 @@ def test_sizes():
   assert shapes["effect_age.0.kernel"] == (128, 256) and shapes["base"] == (256,)
 
 
+def test_a_table_that_would_be_too_large_is_refused():
+  """Three sets of findings with 56 states each; their pairs are no matter."""
+  labels = tuple(f"finding_{i}" for i in range(14))
+  schema = Schema(tuple(Attribute(name, "multilabel", values=labels) for name in ("first", "second", "third")))
+  words = r"first, second, third have 175,616 combinations.*conditioner\.interaction_of_all=False"
+  with pytest.raises(InputError, match=words):
+    build(AdditiveConfig(**THREE), schema)
+  shapes = build(AdditiveConfig(**THREE, interaction_of_all=False), schema).shapes
+  assert shapes["interaction_first_second.embedding"] == (56 * 56, 3) and "interaction_all.embedding" not in shapes
+
+
 @pytest.mark.parametrize("field", ["d_node", "interaction_penalty", "dropout", "freq_dim"])
 def test_refused_configs(field):
   with pytest.raises(InputError, match=f"conditioner: .*{field}"):

@@ -84,21 +84,26 @@ def test_nothing_but_the_config_needs_to_be_there(workspace, tmp_path, capsys, m
   monkeypatch.setattr(compile, "print_report", lambda facts: None)
   missing = [f"--config.{key}={tmp_path / 'none'}" for key in ("data.path", "weights.vae", "weights.tokenizer")]
   batch = ["--config.train.batch_size=9", "--config.train.accumulation=2"]
-  attributes = "--config.conditioner.attributes=('age','sex','race')"
-  compile.main([*config_arguments(workspace), *missing, *batch, attributes, "--topology=local"])
+  compile.main([*config_arguments(workspace), *missing, *batch, "--topology=local"])
   printed = capsys.readouterr()
   facts = json.loads(printed.out)
   data, vae, size = facts["stand_ins"]
-  assert "age, sex, race stand in" in data and "weights.vae" in vae and "config.vae" in vae and " 9 " in size
+  assert (
+    "age, sex, race, group (of 4 levels) stand in" in data
+    and "weights.vae" in vae
+    and "config.vae" in vae
+    and " 9 " in size
+  )
   assert all(sentence in printed.err.splitlines() for sentence in facts["stand_ins"])
   assert facts["batch_size"] == 16 and facts["changes"] == {"train.batch_size": 16}
 
 
 def test_the_published_sizes_stand_in_for_weights_that_are_missing(tmp_path):
   config = load_config(str(REPOSITORY / "configs" / "chest" / "compdiff.py"))
+  config.data.path = str(tmp_path / "none")
   config.weights.update({name: str(tmp_path / "none" / name) for name in config.weights})
   completed, sentences = stand_ins.with_networks(config, tmp_path)
-  schema, said = stand_ins.schema_of(str(tmp_path / "none"))
+  schema, said = stand_ins.schema_of(config)
   assert schema == CHEST and len(said) == 1 and len(sentences) == 3
   model = LatentDiffusion.from_config(completed, schema)
   count = lambda name: sum(leaf.size for leaf in model.component(name).shapes.values())  # noqa: E731

@@ -1,6 +1,6 @@
 """Programs compiled for TPUs and GPUs that are not here, by their own compilers where these are installed.
 
-`make test` runs these with the TPU compiler on the path.
+`make test` runs some of those for TPUs, `make test-tpu` all; those for GPUs run where JAX's CUDA plugin is.
 """
 
 import importlib.util
@@ -13,7 +13,8 @@ import pytest
 from conftest import REPOSITORY, config_arguments
 
 from compdiff_jax import cli, sharding
-from compdiff_jax.ahead_of_time.chips import chip, is_torus, topology_devices
+from compdiff_jax.ahead_of_time.chips import chip
+from compdiff_jax.ahead_of_time.topologies import is_torus, topology_devices
 
 _TPU = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install libtpu"
@@ -104,7 +105,7 @@ def test_kernel_compiled_for_tpus_never_writes_the_scores():
   code = """if True:
     import jax, jax.numpy as jnp
     from compdiff_jax import sharding
-    from compdiff_jax.ahead_of_time.chips import topology_devices
+    from compdiff_jax.ahead_of_time.topologies import topology_devices
     from compdiff_jax.models.attention_backends import attention
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 1}, topology_devices("v5e:2x2", 1))
     x = jax.ShapeDtypeStruct((32, 1024, 2, 64), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))

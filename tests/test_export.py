@@ -18,13 +18,12 @@ from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 from compdiff_jax import default_config, export, import_weights, sharding
 from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning import family
 from compdiff_jax.conditioning.additive import AdditiveConfig
 from compdiff_jax.conditioning.hcn import HCNConfig
 from compdiff_jax.conditioning.schema import Attribute, Schema
 from compdiff_jax.conditioning.typed import TypedConfig
 from compdiff_jax.config import to_plain
-from compdiff_jax.interop import keys, reference, safetensors_file, weights
+from compdiff_jax.interop import keys, recognition, reference, safetensors_file, weights
 from compdiff_jax.models.functional import Functional
 from compdiff_jax.workdir import open_run
 
@@ -167,7 +166,7 @@ def test_the_references_configs_are_read_back(config):
   shapes = keys.torch_shapes(Functional(lambda rngs: config.build(REFERENCE_SCHEMA, rngs)).shapes)
   prompts = reference.prompt_attributes(config)
   fields = reference.conditioner_config(config, REFERENCE_SCHEMA, prompts, shapes)
-  assert family.infer(shapes, fields) == (config, REFERENCE_SCHEMA)
+  assert recognition.infer_conditioner(shapes, fields) == (config, REFERENCE_SCHEMA)
 
 
 _OTHER_RACES = Schema((*REFERENCE_SCHEMA.attributes[:2], Attribute("race", "categorical", values=("A", "B", "C", "D"))))
@@ -243,6 +242,7 @@ def test_model_card(run, tmp_path, fails):
   assert "give as --report the --out of compdiff evaluate" in fails(export.main, *arguments)
   (report / "report.json").write_text("{}")
   assert "is not a report" in fails(export.main, *arguments[:2], f"--report={report}")
+  assert "--lora writes no model card" in fails(export.main, *arguments, "--lora")
 
 
 def test_a_full_disk(imported, tmp_path, fails, monkeypatch):

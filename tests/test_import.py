@@ -16,6 +16,7 @@ from toy_models import FLAT, HCN, REFERENCE_SCHEMA, TYPED
 from compdiff_jax import export, import_weights, sample, train
 from compdiff_jax.cli import InputError
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.training import step as training_step
 from compdiff_jax.workdir import open_run
 
 
@@ -195,7 +196,7 @@ def idle_step(monkeypatch):
   def idle(state, frozen, batch, seed):
     return state._replace(step=state.step + 1), {"loss": jnp.ones([]), "grad_norm": jnp.ones([])}
 
-  monkeypatch.setattr(train, "make_train_step", lambda *_: idle)
+  monkeypatch.setattr(training_step, "make_train_step", lambda *_: idle)
 
 
 def start_from(origin, workspace, config="tests/hcn_config.py"):

@@ -7,7 +7,7 @@ from conftest import REPOSITORY
 
 from benchmarks import pods
 from compdiff_jax.ahead_of_time import stand_ins
-from compdiff_jax.ahead_of_time.program import TrainingStep, model_flops
+from compdiff_jax.ahead_of_time.program import TrainingProgram, model_flops
 from compdiff_jax.conditioning.demographics import SCHEMA
 from compdiff_jax.config import load_config
 
@@ -38,7 +38,7 @@ def test_traffic(chips, slices, fsdp):
 def test_constants_are_those_of_the_config(tmp_path):
   config = load_config(str(REPOSITORY / pods.CONFIG), ["--config.train.batch_size=1"])
   config, _ = stand_ins.with_networks(config, tmp_path)
-  assert TrainingStep(config, SCHEMA, "moments").trained_parameters == pods.PARAMETERS
+  assert TrainingProgram(config, SCHEMA, "moments").trained_parameters == pods.PARAMETERS
   assert model_flops(config, SCHEMA, "moments") == pytest.approx(pods.IMAGE_FLOPS, rel=1e-3)
 
 

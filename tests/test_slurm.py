@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import _FAST_COMPILE, PATIENCE, REPOSITORY, config_arguments
+from conftest import FAST_COMPILE, PATIENCE, REPOSITORY, config_arguments
 
 from compdiff_jax.metrics import read_metrics
 
@@ -76,9 +76,11 @@ PartitionName=all Nodes=ALL Default=YES State=UP
   commands = [_program("slurmctld"), "-D"], [_program("slurmd"), "-D", "-d", _program("slurmstepd")]
   with (directory / "log").open("w") as log:
     daemons = [subprocess.Popen(command, env=environment, stdout=log, stderr=log) for command in commands]
+  deadline = time.monotonic() + PATIENCE
   try:
     while "idle" not in subprocess.run(["sinfo", "-h"], env=environment, capture_output=True, text=True).stdout:
-      assert all(daemon.poll() is None for daemon in daemons), (directory / "log").read_text()
+      ready = all(daemon.poll() is None for daemon in daemons) and time.monotonic() < deadline
+      assert ready, (directory / "log").read_text()
       time.sleep(0.1)
     yield environment
   finally:
@@ -119,6 +121,6 @@ def test_bad_input_ends_a_job_and_a_lost_process_restarts_it(slurm, tmp_path, st
 
 def test_two_tasks_train(slurm, workspace, tmp_path):
   arguments = [*config_arguments(workspace), "--config.train.steps=4", f"--workdir={tmp_path / 'run'}"]
-  job, log = _job(slurm, tmp_path, *arguments, XLA_FLAGS=_FAST_COMPILE)
+  job, log = _job(slurm, tmp_path, *arguments, XLA_FLAGS=FAST_COMPILE)
   assert job["JobState"] == "COMPLETED" and "of 2 process(es)" in log, log
   assert [row["step"] for row in read_metrics(tmp_path / "run")] == [2, 4]

@@ -14,10 +14,8 @@ from compdiff_jax.data.records import RecordSet, decode_image
 from compdiff_jax.data.tokenizer import load_tokenizer
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.metrics import mean_over_steps
-from compdiff_jax.training.fairness import make_fairness
 from compdiff_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import jit_train_step, make_train_step, sample_keys
+from compdiff_jax.training.step import TrainingStep, sample_keys
 
 _STEPS = 3
 
@@ -48,19 +46,15 @@ class _Setting:
     config = self.config.copy_and_resolve_references()
     config.train.accumulation = accumulation
     config.fairness.variant = variant
-    fairness = make_fairness(config, self.schema)
     mesh = sharding.make_mesh({"data": data, "fsdp": fsdp, "tensor": 1}, jax.devices()[: data * fsdp])
-    optimizer = make_optimizer(config.train)
-    create = lambda p: TrainState.create(p, optimizer, fairness and fairness.create())  # noqa: E731
-    shardings = sharding.tree_shardings(jax.eval_shape(create, self.params), (), mesh)
-    step = make_train_step(self.model, config, optimizer, jnp.asarray(self.tokenizer.empty_ids), fairness)
-    return mesh, create, shardings, jit_train_step(step, shardings, mesh)
+    training = TrainingStep(self.model, config, self.tokenizer.empty_ids)
+    return mesh, training, training.jit(mesh)
 
   def curve(self, data=1, fsdp=1, accumulation=1, variant="", **attributes):
     """Metrics of a few steps and the state after them; `attributes` replaces columns of the batch."""
-    mesh, create, shardings, step = self.program(data, fsdp, accumulation, variant)
+    mesh, training, step = self.program(data, fsdp, accumulation, variant)
     # A copy: the step donates its state, and the parameters serve every test.
-    state = jax.device_put(create(jax.tree.map(jnp.copy, self.params)), shardings)
+    state = jax.device_put(training.create(jax.tree.map(jnp.copy, self.params)), training.shardings(mesh))
     frozen = jax.device_put(self.frozen, sharding.replicated(mesh))
     batch = {**self.batch, "attributes": {**self.batch["attributes"], **attributes}}
     rows = []

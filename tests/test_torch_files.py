@@ -201,6 +201,7 @@ FINDINGS = Attribute("findings", "multilabel", values=("Edema", "Effusion", "Fra
     FlatConfig(d_node=16, d_ctx=24, heads="deep", aux_hidden_dim=8, unconditional="zeros"),
     FlatConfig(("race", "age"), d_node=16, d_ctx=24, mode="separate", heads="none"),
     AdditiveConfig(d_node=16, d_ctx=24),
+    AdditiveConfig(d_node=16, d_ctx=24, interaction_of_all=False),
     AdditiveConfig(("sex",), d_node=16, d_ctx=24, aux_hidden_dim=0),
   ],
 )

@@ -17,10 +17,7 @@ from compdiff_jax.diffusion.samplers import make_table
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.sampling.guidance import parse_guidance
 from compdiff_jax.sampling.sampler import make_sampler, padded_batch, sampler_from_config
-from compdiff_jax.training.fairness import make_fairness
-from compdiff_jax.training.optimizer import make_optimizer
-from compdiff_jax.training.state import TrainState
-from compdiff_jax.training.step import jit_train_step, make_train_step
+from compdiff_jax.training.step import TrainingStep
 
 
 class Program(NamedTuple):
@@ -79,8 +76,8 @@ def _size(leaf: Any) -> int:
   return leaf.size * leaf.dtype.itemsize
 
 
-class TrainingStep:
-  """The step of `compdiff train`. Its parts are made once; `placed` and `trace` may be called for many meshes.
+class TrainingProgram:
+  """The step of `compdiff train`. Its parts are made once and serve many meshes.
 
   Args:
     config: the run's config; shapes of pretrained networks come from the config.json of their directories.
@@ -91,12 +88,8 @@ class TrainingStep:
   def __init__(self, config: ml_collections.ConfigDict, schema: Schema, inputs: str):
     self._config, self._inputs = config, inputs
     self._model = model = LatentDiffusion.from_config(config, schema)
-    self._optimizer = optimizer = make_optimizer(config.train)
-    self._fairness = fairness = make_fairness(config, schema)
-    shapes = {name: model.component(name).shapes for name in model.trained}
-    self._state = jax.eval_shape(
-      lambda params: TrainState.create(params, optimizer, fairness and fairness.create()), shapes
-    )
+    self._step = TrainingStep(model, config, np.zeros(model.text_config.max_position_embeddings, np.int32))
+    self._state = self._step.state_shapes
     self._frozen = {name: model.component(name).shapes for name in model.frozen}
 
   @property
@@ -109,30 +102,27 @@ class TrainingStep:
 
   def trace(self, devices: Sequence[Any] | None) -> Program:
     """On these devices, by `config.mesh`; None: on one device of this machine, without any sharding."""
-    config, model = self._config, self._model
+    config = self._config
     size = config.train.batch_size
-    batch = _batch(model, size, self._inputs)
-    empty_ids = np.zeros(model.text_config.max_position_embeddings, np.int32)
-    step = make_train_step(model, config, self._optimizer, empty_ids, self._fairness)
+    batch = _batch(self._model, size, self._inputs)
     if devices is None:
-      traced = jax.jit(step, donate_argnums=0).trace(self._state, self._frozen, batch, config.seed)
+      traced = self._step.jit(None).trace(self._state, self._frozen, batch, config.seed)
       return Program(traced, None, size, 0, 0)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_batch(size, config.train.accumulation, mesh)
-    shardings = sharding.tree_shardings(self._state, config.sharding_rules, mesh)
     whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     arguments = (
-      jax.tree.map(_shape, self._state, shardings),
+      jax.tree.map(_shape, self._state, self._step.shardings(mesh)),
       jax.tree.map(lambda leaf: _shape(leaf, whole), self._frozen),
       jax.tree.map(lambda leaf: _shape(leaf, rows), batch),
     )
-    traced = jit_train_step(step, shardings, mesh).trace(*arguments, config.seed)
+    traced = self._step.jit(mesh).trace(*arguments, config.seed)
     idle = _idle_bytes(traced, self._frozen, len(jax.tree.leaves(self._state)))
     return Program(traced, mesh, size, *self.bytes_per_device(mesh), idle)
 
   def bytes_per_device(self, mesh: Mesh) -> tuple[int, int]:
     """(state and frozen networks, gradients) of one device."""
-    shardings = sharding.tree_shardings(self._state, self._config.sharding_rules, mesh)
+    shardings = self._step.shardings(mesh)
     whole = jax.tree.map(lambda _: sharding.replicated(mesh), self._frozen)
     state = sharding.bytes_per_device(self._state, shardings) + sharding.bytes_per_device(self._frozen, whole)
     return state, sharding.bytes_per_device(self._state.params, shardings.params)
@@ -168,7 +158,7 @@ def trace(
   """`program` is "train" or "sample"; `inputs`, what the data set holds, matters to training alone."""
   if program == "sample":
     return trace_sampler(config, schema, devices)
-  return TrainingStep(config, schema, inputs).trace(devices)
+  return TrainingProgram(config, schema, inputs).trace(devices)
 
 
 def model_flops(

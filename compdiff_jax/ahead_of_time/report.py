@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import ml_collections
 
-from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, is_torus, usable_memory
+from compdiff_jax.ahead_of_time.chips import Chip, chip, compiler_options, usable_memory
 from compdiff_jax.ahead_of_time.flops import count_jaxpr
 from compdiff_jax.ahead_of_time.gpu_targets import COMPILER_OPTIONS as GPU_OPTIONS
 from compdiff_jax.ahead_of_time.hlo import Program as Compiled
 from compdiff_jax.ahead_of_time.program import Program, model_flops, trace
+from compdiff_jax.ahead_of_time.topologies import is_torus
 from compdiff_jax.conditioning.schema import Schema
 
 # How the TPU compiler says what it wanted, in gibibytes and the like: "(20.00G) exceeds", "Used 23.41G of 15.75G hbm".

@@ -7,7 +7,7 @@ from pathlib import Path
 import ml_collections
 
 from compdiff_jax.conditioning import demographics
-from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.conditioning.schema import Attribute, Schema
 
 # config.json of the networks of Stable Diffusion 2.1-base.
 SD21_BASE = {
@@ -72,12 +72,23 @@ SD21_BASE = {
 }
 
 
-def schema_of(path: str) -> tuple[Schema, list[str]]:
-  """The attributes of the data set `path`, or where there is none the reference's, and a sentence that says so."""
+# Levels of a stand-in for an attribute that the reference does not have.
+_LEVELS = ("a", "b", "c", "d")
+
+
+def schema_of(config: ml_collections.ConfigDict) -> tuple[Schema, list[str]]:
+  """The attributes of the config's data set; where there is none stand-ins, and a sentence that says so.
+
+  They are the reference's, and four levels for each other attribute that the config names.
+  """
+  path = config.data.path
   if os.path.exists(path):
     return Schema.load(Path(path) / "schema.json"), []
-  names = ", ".join(demographics.SCHEMA.names)
-  return demographics.SCHEMA, [f"data.path {path!r} does not exist: {names} stand in; --schema gives others"]
+  named = (*config.conditioner.get("attributes", ()), *config.prompt_attributes, *config.fairness.attributes)
+  others = [name for name in dict.fromkeys(named) if name not in demographics.SCHEMA.names]
+  schema = Schema((*demographics.SCHEMA, *(Attribute(name, "categorical", _LEVELS) for name in others)))
+  names = ", ".join(demographics.SCHEMA.names) + "".join(f", {name} (of {len(_LEVELS)} levels)" for name in others)
+  return schema, [f"data.path {path!r} does not exist: {names} stand in; --schema gives others"]
 
 
 def with_networks(config: ml_collections.ConfigDict, directory: Path) -> tuple[ml_collections.ConfigDict, list[str]]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from compdiff_jax import sharding
-from compdiff_jax.ahead_of_time.program import TrainingStep, trace_sampler
+from compdiff_jax.ahead_of_time.program import TrainingProgram, trace_sampler
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.sampling.sampler import padded_batch
 
@@ -76,7 +76,7 @@ def _training(
 
   Batches are `whole_batch`, its halves down to one row a device and its doubles; of these only the first accumulates.
   """
-  step = TrainingStep(config, schema, inputs)
+  program = TrainingProgram(config, schema, inputs)
   own, ways = _mesh_sizes(config, devices), _ways(config, devices)
   rows = whole_batch(config, devices) // ways
   slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -84,7 +84,7 @@ def _training(
   for fsdp in _divisors(ways // slices):
     sizes = {"data": -1, "fsdp": fsdp, "tensor": own["tensor"]}
     mesh = sharding.make_mesh(sizes, devices)
-    held = sum(step.bytes_per_device(mesh))
+    held = sum(program.bytes_per_device(mesh))
     doubles = {rows * 2**n for n in range(_DOUBLINGS + 1)}
     for each, remat in itertools.product(sorted(_halves(rows) | doubles), _REMAT_TIME):
       for accumulation in _divisors(rows) if each == rows else (1,):

@@ -1,7 +1,7 @@
 """The additive conditioner: a token that is an analysis of variance (ANOVA) of the attributes.
 
   node  = base + sum of the main effect of each attribute + sum of the interaction of each pair of attributes
-          + the interaction of all attributes, where there are three or more
+          + the interaction of all attributes
   token = Linear(node)
 
 The projection is linear without a norm before it, so the token is additive as well. An interaction is a table with a
@@ -31,6 +31,8 @@ from compdiff_jax.conditioning.schema import UNKNOWN_INDEX, Attribute, Schema
 from compdiff_jax.models.config import check_positive
 from compdiff_jax.models.layers import Dense, Embed
 
+_MAX_ROWS = 100_000
+
 
 @dataclasses.dataclass(frozen=True)
 class AdditiveConfig(ConditionerConfig):
@@ -41,6 +43,8 @@ class AdditiveConfig(ConditionerConfig):
     d_node: width of the effects.
     d_ctx: width of the cross-attention context.
     freq_dim: number of sinusoidal features of a continuous attribute's main effect, even.
+    interaction_of_all: whether all attributes together interact, too, where there are three or more: in a table with a
+      row for each of their combinations, at most 100,000.
     interaction_penalty: weight of the sum over all table rows of the mean square of a row, in the total loss; rows of
       all K attributes together count K - 1 times.
     aux_hidden_dim: hidden width of the auxiliary classifiers; 0 leaves them out. dropout: their dropout rate.
@@ -50,6 +54,7 @@ class AdditiveConfig(ConditionerConfig):
   d_node: int = 256
   d_ctx: int = 1024
   freq_dim: int = 128
+  interaction_of_all: bool = True
   interaction_penalty: float = 0.01
   aux_hidden_dim: int = 512
   dropout: float = 0.1
@@ -71,9 +76,9 @@ class AdditiveConfig(ConditionerConfig):
     return Additive(self, schema, rngs=rngs)
 
 
-def _interactions(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-  """{table: the attributes that interact in it}: every pair, and of three or more all together."""
-  whole = {"interaction_all": tuple(names)} if len(names) > 2 else {}
+def _interactions(names: Sequence[str], of_all: bool) -> dict[str, tuple[str, ...]]:
+  """{table: the attributes that interact in it}: every pair, and if `of_all` three or more all together."""
+  whole = {"interaction_all": tuple(names)} if of_all and len(names) > 2 else {}
   return {**blocks.pairs("interaction", names), **whole}
 
 
@@ -103,8 +108,13 @@ class Additive(nnx.Module):
         effect = Embed(rows, d_node, rngs=rngs)
         effect.embedding = nnx.Param(jax.random.normal(rngs.params(), [rows, d_node]))
       setattr(self, f"effect_{attribute.name}", effect)
-    for name, parts in _interactions(self.schema.names).items():
+    for name, parts in _interactions(self.schema.names, config.interaction_of_all).items():
       rows = math.prod(blocks.num_rows(self.schema[part]) for part in parts)
+      if rows > _MAX_ROWS:
+        raise InputError(
+          f"conditioner: {', '.join(parts)} have {rows:,} combinations, and a table of interactions has at most"
+          f" {_MAX_ROWS:,} rows; name fewer in conditioner.attributes, or set conditioner.interaction_of_all=False"
+        )
       table = Embed(rows, d_node, rngs=rngs)
       table.embedding = nnx.Param(jnp.zeros([rows, d_node]))
       setattr(self, name, table)
@@ -129,7 +139,7 @@ class Additive(nnx.Module):
     rows = {a.name: blocks.table_rows(a, attributes[a.name]) for a in self.schema}
     node = self.base[...] + sum(self._main_effect(a, attributes[a.name]) for a in self.schema)
     penalty = jnp.zeros([])
-    for name, parts in _interactions(self.schema.names).items():
+    for name, parts in _interactions(self.schema.names, config.interaction_of_all).items():
       table = getattr(self, name)
       row = _combined_rows([rows[part] for part in parts], [blocks.num_rows(self.schema[part]) for part in parts])
       node = node + jnp.where((row[:, :1] >= 0), blocks.sum_rows(table, row), 0)

@@ -1,7 +1,7 @@
 """What every conditioner is: from a batch of attributes to cross-attention tokens, and what its losses need.
 
 A conditioner is an NNX module that its config builds. The training step, the sampler and the export know nothing else
-about it, so a new conditioner is a new config and a module that is called alike:
+about it, so a new conditioner is a new config and a module with this call:
 
   __call__(attributes, keys=None)   -> ConditionerOutput
 

@@ -1,7 +1,7 @@
 """The reference's own layout of a model: plain Stable Diffusion, and a folder with the conditioner beside it.
 
 Its classes know one schema (age, sex, race) and give the unconditional branch zero tokens. What they cannot hold is
-refused: `family.infer` must read the same conditioner back from the keys and the config.json written here.
+refused: `infer_conditioner` must read the same conditioner back from the keys and the config.json written here.
 """
 
 import dataclasses
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning import family
 from compdiff_jax.conditioning.config import ConditionerConfig
 from compdiff_jax.conditioning.schema import Schema
+from compdiff_jax.interop.recognition import infer_conditioner
 
 # The folder of each kind of conditioner, and the name of its weights there.
 FOLDERS = {"hcn": "hcn", "typed": "hcn", "flat": "demographic_encoder"}
@@ -56,7 +56,7 @@ def conditioner_config(
     raise _refusal(f"its {composer} composer has no registers, this model has {config.num_registers}")
 
   fields = {"hcn": _hcn_fields, "typed": _typed_fields, "flat": _flat_fields}[config.kind](config, own)
-  read, read_schema = family.infer(shapes, fields, "this model")
+  read, read_schema = infer_conditioner(shapes, fields, "this model")
   ours = dataclasses.replace(config, attributes=read.attributes)
   if config.kind == "typed":
     ours = dataclasses.replace(ours, unconditional=read.unconditional)  # the README says what the reference does

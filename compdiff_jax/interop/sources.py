@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from compdiff_jax.cli import InputError
-from compdiff_jax.conditioning import family
 from compdiff_jax.conditioning.config import ConditionerConfig
+from compdiff_jax.conditioning.family import config_from_dict
 from compdiff_jax.conditioning.none import NoConditionerConfig
 from compdiff_jax.conditioning.schema import Schema
 from compdiff_jax.interop import keys, reference
 from compdiff_jax.interop.export_directory import CONDITIONER_CLASSES
+from compdiff_jax.interop.recognition import infer_conditioner
 from compdiff_jax.interop.weights import WeightFiles, find_weights, read_config, read_json, stored_shapes
 from compdiff_jax.models.clip_text import CLIPTextConfig
 from compdiff_jax.models.functional import Functional
@@ -176,7 +177,7 @@ def _checkpoint(directory: Path, base: Source, schema: Schema | None, allow_pick
 def _with_reference_conditioner(
   source: Source, kind: str, files: WeightFiles, config: Mapping[str, Any] | None, schema: Schema | None
 ) -> Source:
-  conditioner_config, reference_schema = family.infer(stored_shapes(files), config, str(files.source))
+  conditioner_config, reference_schema = infer_conditioner(stored_shapes(files), config, str(files.source))
   return dataclasses.replace(
     source,
     kind=kind,
@@ -201,7 +202,7 @@ def _own_export(
     raise InputError(f"{path}: field schema must be a list of attributes; copy the file again")
   own = Schema.from_json(config["schema"])
   fields = {k: v for k, v in config.items() if k not in ("schema", "prompt_attributes") and not k.startswith("_")}
-  conditioner_config = family.config_from_dict({"kind": kinds[class_name], **fields})
+  conditioner_config = config_from_dict({"kind": kinds[class_name], **fields})
   return dataclasses.replace(
     source,
     kind="compdiff export",

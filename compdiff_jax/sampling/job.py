@@ -143,10 +143,9 @@ def _open_output(out: Path, job: Mapping[str, Any], columns: Sequence[str], sche
     write_whole(description, json.dumps(job, indent=2) + "\n")
     schema.save(out / "schema.json")
     kept = _finished_rows(out, columns)
-    temporary = out / ".manifest.csv"
-    with temporary.open("w", newline="") as file:
-      csv.writer(file).writerows([columns, *kept])
-    temporary.replace(out / "manifest.csv")
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([columns, *kept])
+    write_whole(out / "manifest.csv", table.getvalue())
   return len(kept)
 
 

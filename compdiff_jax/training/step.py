@@ -1,4 +1,4 @@
-"""The training step: one pure function of (state, frozen parameters, batch), jitted once.
+"""The training step: one pure function of (state, frozen parameters, batch), jitted once; and the state it takes.
 
 Losses are means over the *global* batch, whatever the number of devices and micro-batches; every random draw is a
 pure function of (seed, step, position in the global batch).
@@ -20,8 +20,8 @@ from compdiff_jax.conditioning.losses import loss_terms
 from compdiff_jax.diffusion import objective
 from compdiff_jax.latent_diffusion import LatentDiffusion
 from compdiff_jax.training import coind
-from compdiff_jax.training.fairness import FairDiffusion
-from compdiff_jax.training.optimizer import trained_only
+from compdiff_jax.training.fairness import FairDiffusion, make_fairness
+from compdiff_jax.training.optimizer import make_optimizer, trained_only
 from compdiff_jax.training.state import Params, TrainState, check_ema, ema_decay, update_ema
 
 # What each sample's key is split into. Appending a purpose leaves the other draws as they were.
@@ -224,11 +224,41 @@ def make_train_step(
   return step
 
 
-def jit_train_step(step: Callable[..., Any], shardings: Any, mesh: Mesh) -> Any:
-  """The compiled form of `make_train_step`'s result: the state is donated and stays where `shardings` has it."""
-  return jax.jit(
-    step,
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-    compiler_options=compiler_options(mesh.devices.flat[0]),
-  )
+class TrainingStep:
+  """The step of a config for any mesh, and the state it takes.
+
+  Args:
+    model: the networks.
+    config: the run's config.
+    empty_ids: int32 [77], the empty prompt.
+
+  Attributes:
+    fairness: weights of the samples, by `config.fairness`; None: all weigh the same.
+    state_shapes: a `TrainState` of `jax.ShapeDtypeStruct`.
+  """
+
+  def __init__(self, model: LatentDiffusion, config: ml_collections.ConfigDict, empty_ids: jax.Array):
+    self._rules = config.sharding_rules
+    self._optimizer = make_optimizer(config.train)
+    self.fairness = make_fairness(config, model.schema)
+    self._step = make_train_step(model, config, self._optimizer, empty_ids, self.fairness)
+    self.state_shapes = jax.eval_shape(self.create, {name: model.component(name).shapes for name in model.trained})
+
+  def create(self, params: Params) -> TrainState:
+    """The state before the first step."""
+    return TrainState.create(params, self._optimizer, self.fairness and self.fairness.create())
+
+  def shardings(self, mesh: Mesh) -> TrainState:
+    """Where each leaf of the state lives, by `config.sharding_rules`."""
+    return sharding.tree_shardings(self.state_shapes, self._rules, mesh)
+
+  def jit(self, mesh: Mesh | None) -> Any:
+    """The step, jitted: the state is donated and stays where `shardings` has it. Without a mesh: on one device."""
+    if mesh is None:
+      return jax.jit(self._step, donate_argnums=0)
+    return jax.jit(
+      self._step,
+      donate_argnums=0,
+      out_shardings=(self.shardings(mesh), sharding.replicated(mesh)),
+      compiler_options=compiler_options(mesh.devices.flat[0]),
+    )

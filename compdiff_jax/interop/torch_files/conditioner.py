@@ -493,6 +493,7 @@ class AdditiveConditioner(_Conditioner):
   Args:
     schema, attributes, d_node, d_ctx, dropout, aux_hidden_dim, prompt_attributes: as in HierarchicalConditioner.
     freq_dim: number of sinusoids of a number.
+    interaction_of_all: whether there is a table of all attributes together.
     interaction_penalty: strength of the shrinkage in training, kept for the record.
   """
 
@@ -504,6 +505,7 @@ class AdditiveConditioner(_Conditioner):
     d_node: int = 256,
     d_ctx: int = 1024,
     freq_dim: int = 128,
+    interaction_of_all: bool = True,
     interaction_penalty: float = 0.01,
     aux_hidden_dim: int = 512,
     dropout: float = 0.1,
@@ -518,7 +520,7 @@ class AdditiveConditioner(_Conditioner):
       if aux_hidden_dim:
         setattr(self, f"{name}_classifier", _block(d_ctx, aux_hidden_dim, rows))
     self.interactions = {f"interaction_{a}_{b}": (a, b) for a, b in itertools.combinations(self.names, 2)}
-    if len(self.names) > 2:
+    if interaction_of_all and len(self.names) > 2:
       self.interactions["interaction_all"] = tuple(self.names)
     for table, parts in self.interactions.items():
       setattr(self, table, nn.Embedding(math.prod(self._num_rows(name) for name in parts), d_node))
