@@ -60,6 +60,18 @@ TINY = (
 )
 
 
+# The files that take longest. They are dealt out first, so that two workers come to their ends at the same time.
+_LONGEST = (
+  *("test_processes.py", "test_train.py", "test_import.py", "test_compile.py", "test_step.py", "test_meshes.py"),
+  *("test_health.py", "test_fairness.py", "test_speed.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(scope="session")
 def command():
   """Starts `python -m MODULE ARGS…` in a new process with one device; returns the Popen object."""

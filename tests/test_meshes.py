@@ -167,14 +167,21 @@ def _assert_same(ours, theirs):
   jax.tree.map(functools.partial(close, rtol=1e-5, atol=1e-4), after.fairness, expected.fairness)
 
 
-@pytest.mark.parametrize(
-  "mesh",
-  [{"data": 8}, {"fsdp": 2}, {"data": 2, "fsdp": 4}, {"fsdp": 8}, {"tensor": 2}, _MIXED],
-  ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()),
-)
-@pytest.mark.parametrize("kind", _OPTIONS)
+_MESHES = [{"data": 8}, {"fsdp": 2}, {"data": 2, "fsdp": 4}, {"fsdp": 8}, {"tensor": 2}, _MIXED]
+
+
+def _cases():
+  """Every conditioner on every mesh; `make test` takes every mesh once, and every conditioner on all three axes."""
+  for kind in _OPTIONS:
+    for mesh in _MESHES:
+      name = "-".join(f"{axis}{size}" for axis, size in mesh.items())
+      marks = () if kind == "none" or mesh == _MIXED else pytest.mark.every_mesh
+      yield pytest.param(kind, mesh, marks=marks, id=f"{kind}-{name}")
+
+
+@pytest.mark.parametrize(("kind", "mesh"), list(_cases()))
 def test_every_mesh_gives_the_losses_of_one_device(kind, mesh):
-  """Every conditioner and option; all but the first with two micro-batches on the mesh and one on the device."""
+  """All conditioners with two micro-batches on the mesh and one on the device."""
   ours, theirs = _train(kind, **mesh, accumulation=1 if kind == "none" else 2, rules=_RULES), _train(kind)
   for name in {"hcn": ["kl", "fair_loss_gap"], "flat": ["coind"]}.get(kind, []):
     assert theirs[0][0][name] > 0
