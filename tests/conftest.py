@@ -1,7 +1,7 @@
 """Shared fixtures: a tiny data set, vocabulary and autoencoder made once, and programs compiled fast.
 
 The test process has eight fake devices, so that sharded code runs sharded. Compiled programs are cached for the
-session: the tests that start the command line in new processes compile the same step again.
+session: the tests that start the command line in new processes, and other workers, compile the same step again.
 """
 
 import importlib.metadata
@@ -20,8 +20,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
   FAST_COMPILE += " --xla_cpu_use_fusion_emitters=false"  # later releases end the process over a flag they do not know
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="compdiff_compile_cache_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILE_CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit that of the process that started them
+  _COMPILE_CACHE = tempfile.TemporaryDirectory(prefix="compdiff_compile_cache_")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILE_CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 REPOSITORY = Path(__file__).parents[1]
