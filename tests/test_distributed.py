@@ -14,6 +14,7 @@ from conftest import REPOSITORY, config_arguments
 from local_processes import LOSS_SECONDS, end, places
 
 from compdiff_jax import cli, distributed, sharding, train
+from compdiff_jax.checkpoint import Checkpoints
 from compdiff_jax.training import bandit
 from compdiff_jax.training.fairness import FairDiffusion
 from data_prep.phantom.population import SCHEMA
@@ -127,6 +128,48 @@ def test_the_process_that_holds_the_others_together_is_killed(start):
   assert status == cli.LostError.status, out[-3000:]
   assert "add: failed: process 1 of 2 lost another one" in out
   end(first)
+
+
+_SAVE = """
+import os, signal, sys
+import jax, numpy as np
+from compdiff_jax import cli, distributed, sharding
+from compdiff_jax.checkpoint import Checkpoints
+
+distributed._HEARTBEAT_SECONDS = 5
+
+def main(argv):
+  parser = cli.parser("save", "")
+  distributed.add_arguments(parser)
+  with distributed.session(parser.parse_args(argv[1:])), Checkpoints(argv[0], trains=True) as checkpoints:
+    mesh = sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    rows = sharding.place(np.ones((mesh.size, 2**22), np.float32), sharding.batch_sharding(mesh))
+    checkpoints.save(1, {"params": {"rows": rows}})
+    checkpoints.wait()
+    checkpoints.save(2, {"params": {"rows": rows}})
+    if jax.process_index() == 1:
+      os.kill(os.getpid(), signal.SIGKILL)
+    checkpoints.wait()
+
+status = cli.run(main, "save")
+distributed.leave(status)
+sys.exit(status)
+"""
+
+
+def test_a_checkpoint_whose_writing_lost_a_process_is_not_picked_up(start, tmp_path):
+  """Whoever waits for the write is ended by the runtime, which does not ask us, or by a collective's error."""
+  first, second = [start([sys.executable, "-c", _SAVE, tmp_path, *place]) for place in places(2)]
+  status, out = end(first, LOSS_SECONDS)
+  assert status in (cli.LostError.status, -signal.SIGABRT), out[-3000:]
+  assert "of 2 lost another one" in out or "another task died" in out
+  assert end(second)[0] == -signal.SIGKILL
+  assert any("2." in path.name for path in tmp_path.iterdir()), "the second checkpoint was not begun"
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.latest() == 1
+  with Checkpoints(tmp_path, trains=True) as checkpoints:
+    assert checkpoints.steps == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
 
 
 _REFUSE = """
