@@ -164,6 +164,11 @@ def test_a_table_that_would_be_too_large_is_refused():
   assert shapes["interaction_first_second.embedding"].shape == (56 * 56, 3)
   assert "interaction_all.embedding" not in shapes
 
+  many = tuple(f"finding_{i}" for i in range(80))
+  pair = Schema(tuple(Attribute(name, "multilabel", values=many) for name in ("first", "second")))
+  with pytest.raises(InputError, match=r"first, second have 102,400 combinations.* conditioner\.attributes(\n|$)"):
+    build(AdditiveConfig(**THREE), pair)
+
 
 @pytest.mark.parametrize("field", ["d_node", "interaction_penalty", "dropout", "freq_dim"])
 def test_refused_configs(field):

@@ -111,9 +111,10 @@ class Additive(nnx.Module):
     for name, parts in _interactions(self.schema.names, config.interaction_of_all).items():
       rows = math.prod(blocks.num_rows(self.schema[part]) for part in parts)
       if rows > _MAX_ROWS:
+        spare = ", or set conditioner.interaction_of_all=False" if len(parts) > 2 else ""
         raise InputError(
           f"conditioner: {', '.join(parts)} have {rows:,} combinations, and a table of interactions has at most"
-          f" {_MAX_ROWS:,} rows; name fewer in conditioner.attributes, or set conditioner.interaction_of_all=False"
+          f" {_MAX_ROWS:,} rows; name fewer in conditioner.attributes{spare}"
         )
       table = Embed(rows, d_node, rngs=rngs)
       table.embedding = nnx.Param(jnp.zeros([rows, d_node]))
