@@ -25,7 +25,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # The packages that a compiler comes with; of the second kind one is installed.
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")}
 # Calls without which nothing is computed, to which the TPU compiler's estimate gives the time of -1 s.
-_COSTLESS_CALLS = ("ConcatBitcast", "ZeroCrop")
+_COSTLESS_CALLS = ("ConcatBitcast", "ZeroCrop", "SliceId")
 
 
 def report(
