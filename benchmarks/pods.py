@@ -213,7 +213,7 @@ def _sent(facts: Mapping[str, Any], network: str) -> float:
 
 def _beaten(facts: Mapping[str, Any]) -> bool:
   """Whether the compiler expects a step to take less than its bytes do at the vendor's peak."""
-  return facts.get("estimated_seconds", 0.0) < facts.get("memory_bound_seconds", 0.0)
+  return facts.get("estimated_seconds", math.inf) < facts.get("memory_bound_seconds", 0.0)
 
 
 def figures(reports: Mapping[str, Mapping[str, Any]]) -> str:

@@ -72,8 +72,8 @@ def test_two_tpu_slices_exchange_gradients_and_nothing_else(workspace, tmp_path)
   assert facts["devices"] == 8 and facts["slices"] == 2 and facts["device_kind"] == "TPU v5 lite"
   assert facts["fits"] and facts["memory"]["available"] == 16 * 2**30
   assert facts["memory_bound_seconds"] > facts["compute_bound_seconds"] > 0
-  # Such small programs have calls that the compiler gives no time; then there is no estimate, and no wrong one.
-  assert 0 < facts.get("estimated_seconds", 0.5) < 1
+  # Without the second that the compiler takes off for each call in which nothing is computed.
+  assert 0 < facts["estimated_seconds"] < 0.1
   assert facts["ici_seconds"] > 0 and facts["dcn_seconds"] > 0
   assert {row["network"] for row in facts["collectives"]} == {"ICI", "DCN"}
   crossing = sum(row["sent_bytes"] for row in facts["collectives"] if row["network"] == "DCN")

@@ -67,12 +67,14 @@ def test_page_from_some_reports(tmp_path, monkeypatch):
   two = facts | {"topology": "v5e:4x4", "slices": 2, "devices": 32, "batch_size": 256, "memory_bound_seconds": 0.1}
   two |= {"ici_seconds": 0.04, "dcn_seconds": 0.015, "collectives": [*facts["collectives"], exchange]}
   (reports / "v5e-16x2.json").write_text(json.dumps(two))
+  silent = {name: value for name, value in facts.items() if name != "estimated_seconds"}
+  (reports / "v5p-8.json").write_text(json.dumps(silent | {"topology": "v5p:2x2x1", "devices": 4, "batch_size": 64}))
   pods.main(["--only", ""])
   page = (tmp_path / "pods.md").read_text()
   assert "| `v6e:4x4`, 16 |" in page and "| 10.00 |" in page and "| 3.00 |" in page and "a machine." in page
   assert "| `v5e:4x4` × 2, 32 |" in page and "--slices=2 --inputs=moments --config.train.batch_size=256" in page
-  assert "Not compiled yet: v5e-16, v5e-256, v5p-8, v5p-128, v6e-256;" in page
-  # The bytes of v6e take longer than the step is estimated to: eight images in 0.25 s.
+  assert "Not compiled yet: v5e-16, v5e-256, v5p-128, v6e-256;" in page
+  # The bytes of v6e take longer than the step is estimated to: eight images in 0.25 s. Of v5p nothing is estimated.
   assert "by that, images/s a chip are 32 (v6e-16)." in page and "| 0.125 † |" in page
 
   def row(start):
