@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 ifeq ($(shell uname -sm),Linux x86_64)
 	$(MAKE) test-tpu TPU_TESTS='$(TPU_TESTS) -k "two or kernel or layout"'
 endif
@@ -47,7 +47,7 @@ parity: $(VENV)/.test-installed
 parity-full: $(VENV)/.test-installed
 	$(BIN)/python -m benchmarks.parity_full
 
-# docs/pods.md: the chest config compiled for TPU slices, each 14 to 30 minutes of two cores; goes on where it was stopped.
+# docs/pods.md: the chest config compiled for TPU slices, each 14 to 32 minutes of two cores; goes on where it was stopped.
 pods: $(VENV)/.test-installed $(LIBTPU_INSTALLED)
 	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m benchmarks.pods
 

@@ -1,7 +1,7 @@
 """`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
 
 Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
-again, so the command resumes. A compile takes 14 to 30 minutes of two cores and up to 14 GB. Needs the `libtpu` wheel.
+again, so the command resumes. A compile takes 14 to 32 minutes of two cores and up to 14 GB, two slices 19 GB. Needs the `libtpu` wheel.
 `--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
 """
 
@@ -52,13 +52,13 @@ Diffusion 2.1-base where they are missing.
 - *The compiler's estimate* is its sum over all instructions, with kernels and repeated loops added. It knows nothing of
   padding to the matrix units (320 channels take 384), nor of waiting for other chips.
 - *MFU* divides the operations of the plain step (nothing recomputed) by estimate and peak.
-- Compiling was slowed by other work on the machine for v5e-16, v5p-8, v5p-128, v6e-16 and v6e-256.
+- Compiling was slowed by other work on the machine for all but v5e-256.
 - The programs for v5p have the compiler option that the training step asks for there (`compiler_options` in
   `ahead_of_time/chips.py`); without it v5p-8 took 239 GB and 0.168 s.
 - *Idle* is the autoencoder. A run keeps it on every device for its samples, while a step on moments does not read it.
   The compiler does not see it; it is in the peak.
 - The reports of one slice are of four bins of age instead of five, with 4,104 parameters less in the joint head, and
-  *idle* was added to them afterwards.
+  *idle* was added to them afterwards. That of two slices was compiled twice, 32 and 37 minutes, with the same figures.
 - A v5e with 16 GB keeps parameters, two moments and the average (13.9 GB in float32) on eight chips together.
 
 Compiling takes long; `JAX_OPTIMIZATION_LEVEL=O1` and `JAX_MEMORY_FITTING_LEVEL=O0` (options of JAX, O0 to O3) ask the
@@ -76,18 +76,20 @@ chip, and 7.6 s a batch). 1,234 s to compile beside other work; 2026-11-27, libt
 ## From 8 to 256 chips and two slices
 
 An estimate, with a fixed number of images a chip: a step's own time does not change with the number of chips, what is
-sent does. For slices in the table above it is what their programs send, and inside each of two slices what one sends;
-for the others it is *on paper*. Paper is below the programs, by a quarter on v5e-16, so that rows without a program
-look better than they are. All of {parameters} M parameters are trained. The compiler sends them and their gradients in
+sent does. For slices in the table above it is what their programs send. Inside each of two slices that have no program
+of their own it is what one of them sends; for the others it is *on paper*. Paper is below the programs, by a quarter on
+v5e-16, so that rows without a program look better than they are. All of {parameters} M parameters are trained. The compiler sends them and their gradients in
 bfloat16, in which they are {gradient} GB.
 
 - Inside a slice, with `mesh.fsdp` f of n chips: parameters are gathered for the forward and the backward pass and
   gradients scattered, 3 (f − 1)/f of {gradient} GB; the copies are summed, 2 (1 − f/n) of an f-th of it. The program
   for v5e-16 gathers 2.99 GB (on paper 3.05), but sums most gradients whole: 3.28 GB, on paper 1.74. That is the
   compiler's choice: with the gradients constrained to the parameters' sharding a small UNet on v5e:2x4 compiles to the
-  same collectives, byte for byte.
+  same collectives, byte for byte. For two such slices the compiler scatters most gradients (1.41 GB) and sums the rest
+  (0.47 GB), and sends less: 5.15 GB, on paper 4.80.
 - Between slices: each chip has an n-th of the summed gradients to exchange, whatever f is, and sends it as often as a
-  ring of the slices takes, 2 (s − 1)/s times. So does a small program with f of 2 on two slices of 4 chips.
+  ring of the slices takes, 2 (s − 1)/s times. The program for two slices v5e-16 sends 0.113 GB, on paper 0.109: the
+  gradients and little else. What fsdp gathers stays inside a slice.
 - Links: {mfu} of the peak is assumed for the step where nothing was compiled ({image} TFLOP an image). A slice whose
   sides do not close into rings (below 16 chips a side on v5e and v6e, below 4 on v5p) carries half.
 
