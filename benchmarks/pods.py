@@ -1,7 +1,8 @@
 """`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
 
 Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
-again, so the command resumes. A compile takes 14 to 32 minutes of two cores and up to 14 GB, two slices 19 GB. Needs the `libtpu` wheel.
+again, so the command resumes. A compile takes 14 to 32 minutes of two cores and up to 14 GB, two slices 19 GB. Needs the
+`libtpu` wheel.
 `--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
 """
 
@@ -78,8 +79,8 @@ chip, and 7.6 s a batch). 1,234 s to compile beside other work; 2026-11-27, libt
 An estimate, with a fixed number of images a chip: a step's own time does not change with the number of chips, what is
 sent does. For slices in the table above it is what their programs send. Inside each of two slices that have no program
 of their own it is what one of them sends; for the others it is *on paper*. Paper is below the programs, by a quarter on
-v5e-16, so that rows without a program look better than they are. All of {parameters} M parameters are trained. The compiler sends them and their gradients in
-bfloat16, in which they are {gradient} GB.
+v5e-16, so that rows without a program look better than they are. All of {parameters} M parameters are trained. The
+compiler sends them and their gradients in bfloat16, in which they are {gradient} GB.
 
 - Inside a slice, with `mesh.fsdp` f of n chips: parameters are gathered for the forward and the backward pass and
   gradients scattered, 3 (f − 1)/f of {gradient} GB; the copies are summed, 2 (1 − f/n) of an f-th of it. The program
