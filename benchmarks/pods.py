@@ -1,8 +1,8 @@
 """`make pods`: configs/chest/compdiff.py compiled at full size for TPU slices that are not here; writes docs/pods.md.
 
 Each slice is one `compdiff compile`, whose report is kept in docs/pods/NAME.json; a slice that has one is not compiled
-again, so the command resumes. A compile takes 14 to 32 minutes of two cores and up to 14 GB, two slices 19 GB. Needs the
-`libtpu` wheel.
+again, so the command resumes. A compile takes 14 to 32 minutes of two cores and up to 14 GB, two slices 19 GB. Needs
+the `libtpu` wheel.
 `--only v5e-16,v6e-16` compiles these alone, `--only ''` none; the page is written from whatever reports there are.
 """
 
