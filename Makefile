@@ -8,7 +8,7 @@ LIBTPU_VERSION := 0.0.42
 LIBTPU_INSTALLED := $(LIBTPU)/.installed-$(LIBTPU_VERSION)
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-tpu test-meshes test-beam test-slurm lint parity parity-full pods clean
+.PHONY: demo test test-tpu test-beam test-slurm lint parity parity-full pods clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m launch.demo --out build/demo
@@ -24,10 +24,6 @@ endif
 TPU_TESTS := tests/test_device_compilers.py
 test-tpu: $(VENV)/.test-installed $(LIBTPU_INSTALLED)
 	PYTHONPATH=$(CURDIR)/$(LIBTPU) $(BIN)/python -m pytest -n 2 $(TPU_TESTS)
-
-# Every conditioner on every mesh of eight fake devices; make test takes some of these.
-test-meshes: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m "every_mesh or not every_mesh" tests/test_meshes.py
 
 # Apache Beam needs older packages than the rest: writing data sets with it is tested in an environment of its own.
 test-beam: $(VENV)-beam/.installed

@@ -63,7 +63,7 @@ TINY = (
 
 # The files that take longest. They are dealt out first, so that two workers come to their ends at the same time.
 _LONGEST = (
-  *("test_processes.py", "test_train.py", "test_import.py", "test_compile.py", "test_step.py", "test_meshes.py"),
+  *("test_processes.py", "test_train.py", "test_meshes.py", "test_import.py", "test_compile.py", "test_step.py"),
   *("test_health.py", "test_fairness.py", "test_speed.py"),
 )
 
